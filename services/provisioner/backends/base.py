@@ -1,0 +1,88 @@
+"""What the Provisioner needs of the thing that runs engines."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+from uuid import UUID
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """All that a backend needs to make one engine.
+
+    Args:
+        engine_id: names the container and the volume.
+        generation: counts the times that the engine was made anew; an older instance is replaced.
+        image: what to run: a local image of Docker, a Python module for the process backend.
+        port: port on 127.0.0.1 at which the engine is reached from this host.
+        environment: what the engine is told besides the paths of its mounts.
+    """
+
+    engine_id: UUID
+    generation: int
+    image: str
+    port: int
+    environment: Mapping[str, str] = field(repr=False)
+
+
+class InstanceState(StrEnum):
+    """What the backend itself says of an instance."""
+
+    CREATED = "created"
+    RUNNING = "running"
+    FROZEN = "frozen"
+    EXITED = "exited"
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One engine as it exists outside of the registry."""
+
+    engine_id: UUID
+    generation: int
+    state: InstanceState
+
+
+class PortTaken(Exception):  # noqa: N818 - a condition to act on, not a failure to report
+    """The host refuses the spec's port; another one may do."""
+
+
+class Backend(Protocol):
+    """Makes, runs and removes engines that carry this installation's label.
+
+    Every method is idempotent, may be repeated after a crash at any line, and touches nothing
+    without the label. Errors: `BackendError` when refused for good, `Unavailable` when the backend
+    can't be reached or did not answer in time.
+    """
+
+    async def open(self) -> None:
+        """Connects and makes what all engines share, the network for example."""
+
+    async def close(self) -> None:
+        """Ends what `open` made; engines go on."""
+
+    async def create(self, spec: EngineSpec) -> None:
+        """Makes the instance of this generation with its volume, not started.
+
+        An instance of an older generation is removed first; its volume is kept.
+        """
+
+    async def start(self, spec: EngineSpec) -> None:
+        """Starts the created or exited instance, thaws the frozen one; a running one is left alone.
+
+        Raises:
+            PortTaken: the host refuses the port. The instance is removed again, its volume kept.
+        """
+
+    async def inspect(self, engine_id: UUID) -> Instance | None:
+        """What there is of this engine; None for nothing."""
+
+    async def stop(self, engine_id: UUID, *, grace_s: float) -> None:
+        """SIGTERM, then SIGKILL after `grace_s` seconds. The instance and its volume are kept."""
+
+    async def remove(self, engine_id: UUID, *, volume: bool) -> None:
+        """Removes the instance, by force, and its volume if asked; nothing there is fine."""
+
+    async def list(self) -> list[Instance]:
+        """Every instance with this installation's label, in whatever state."""
