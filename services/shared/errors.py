@@ -5,8 +5,6 @@ attribute `code` is a name of the error table in `proto/september/errors/v1/erro
 alone knows the gRPC and HTTP statuses.
 """
 
-from typing import ClassVar
-
 
 class ServiceError(Exception):
     """An answer that is an error.
@@ -16,7 +14,7 @@ class ServiceError(Exception):
         retry_after_s: seconds after which a retry may succeed, where waiting helps.
     """
 
-    code: ClassVar[str]
+    code: str
 
     def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -77,6 +75,10 @@ class QuotaExceeded(ServiceError):
     code = "QUOTA_EXCEEDED"
 
 
+class Internal(ServiceError):
+    code = "INTERNAL"
+
+
 class BackendError(ServiceError):
     code = "BACKEND_ERROR"
 
@@ -94,3 +96,11 @@ class Unavailable(ServiceError):
 
 class BootTimeout(ServiceError):
     code = "BOOT_TIMEOUT"
+
+
+class RemoteError(ServiceError):
+    """An error that another service has answered, to be passed on as it is."""
+
+    def __init__(self, code: str, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message, retry_after_s=retry_after_s)
+        self.code = code

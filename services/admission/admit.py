@@ -1,0 +1,110 @@
+"""May this user go in, and where is their engine? The decision, without any transport."""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from services.admission.domain import Admitted, Decision, DenialReason, Denied, Engine, EngineStatus, Product
+from services.admission.ratelimit import Limiter
+from services.admission.registry import Registry
+from services.shared.errors import EngineNotFound, InvalidPlatformKey
+from services.shared.keys import platform_key_hash
+from services.shared.user_id import check_user_id
+
+
+class Provisioner(Protocol):
+    """Asked only when no running engine is known."""
+
+    async def ensure(
+        self, platform_key: str, user_id: str, *, auto_provision: bool, auto_wake: bool, timeout_s: float | None
+    ) -> Engine | DenialReason:
+        """The user's running engine, joined while it boots, made or woken if allowed; or why there is none.
+
+        Args:
+            timeout_s: how long the caller waits, in seconds; None for as long as a boot may take.
+
+        Raises:
+            ServiceError: what the Provisioner answered; `Unavailable` if it can't be reached.
+        """
+
+
+class Admission:
+    """Args:
+    registry: what is known of products and engines.
+    limiter: grants a product's admits.
+    provisioner: makes and wakes engines.
+    """
+
+    def __init__(self, registry: Registry, limiter: Limiter, provisioner: Provisioner) -> None:
+        self._registry = registry
+        self._limiter = limiter
+        self._provisioner = provisioner
+
+    async def admit(
+        self,
+        platform_keys: Sequence[str],
+        user_id: str,
+        *,
+        auto_provision: bool,
+        auto_wake: bool,
+        timeout_s: float | None = None,
+    ) -> Decision:
+        """Decides whether a user goes in. Idempotent, and safe on every request of the user.
+
+        Only calls that are authentic and well-formed count for the product's rate, and those
+        count whatever comes of them.
+
+        Args:
+            platform_keys: every value of the caller's key header.
+            user_id: the product's own id of the user.
+            auto_provision: make the engine if there is none.
+            auto_wake: wake the engine if it sleeps.
+            timeout_s: how long the caller waits, in seconds; None if it did not say.
+
+        Raises:
+            InvalidPlatformKey, InvalidRequest, RateLimited, Unavailable, and what a boot can fail with.
+        """
+        product = await self._authenticate(platform_keys)
+        check_user_id(user_id)
+        await self._limiter.take(product)
+        engine = await self._registry.engine(product.product_id, user_id)
+        if engine is not None and engine.status is EngineStatus.RUNNING:
+            return Admitted(engine)
+        denial = _denial(engine, auto_provision=auto_provision, auto_wake=auto_wake)
+        if denial is not None:
+            return Denied(denial)
+        answer = await self._provisioner.ensure(
+            platform_keys[0], user_id, auto_provision=auto_provision, auto_wake=auto_wake, timeout_s=timeout_s
+        )
+        return Admitted(answer) if isinstance(answer, Engine) else Denied(answer)
+
+    async def engine(self, platform_keys: Sequence[str], user_id: str) -> Engine:
+        """A user's engine as it is.
+
+        Raises:
+            InvalidPlatformKey, InvalidRequest, EngineNotFound, Unavailable.
+        """
+        product = await self._authenticate(platform_keys)
+        check_user_id(user_id)
+        engine = await self._registry.engine(product.product_id, user_id)
+        if engine is None:
+            raise EngineNotFound
+        return engine
+
+    async def _authenticate(self, platform_keys: Sequence[str]) -> Product:
+        product = await self._registry.product_by_key(platform_key_hash(platform_keys))
+        if product is None:
+            raise InvalidPlatformKey
+        return product
+
+
+def _denial(engine: Engine | None, *, auto_provision: bool, auto_wake: bool) -> DenialReason | None:
+    """Why a user without a running engine may not go in; None if the Provisioner is to be asked."""
+    if engine is None or engine.status is EngineStatus.DESTROYING:
+        return None if auto_provision else DenialReason.ENGINE_NOT_FOUND
+    if engine.booting:
+        return None
+    if engine.status is EngineStatus.SLEEPING and auto_wake:
+        return None
+    if engine.status in (EngineStatus.SLEEPING, EngineStatus.STOPPED):
+        return DenialReason.ENGINE_SLEEPING
+    return DenialReason.ENGINE_UNHEALTHY

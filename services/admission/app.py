@@ -1,0 +1,50 @@
+"""Admission, wired: reads top to bottom, and alone knows the concrete classes."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import structlog
+from september.admission.v1 import admission_service_pb2_grpc
+
+from services.admission.admit import Admission
+from services.admission.provisioner_client import ProvisionerClient
+from services.admission.ratelimit import SqlLimiter
+from services.admission.registry_sql import SqlRegistry
+from services.admission.servicer import AdmissionServicer
+from services.admission.settings import AdmissionSettings
+from services.shared import embedded_postgres
+from services.shared.grpc_server import GrpcServer
+from services.shared.keys import EngineKeyring
+from services.shared.postgres import Database
+
+log = structlog.get_logger(__name__)
+
+_GRACE_S = 10.0
+
+
+@asynccontextmanager
+async def serve(settings: AdmissionSettings) -> AsyncIterator[None]:
+    """Serves from entry to exit."""
+    async with AsyncExitStack() as stack:
+        server = GrpcServer(settings.admission_listen)
+        port = server.bind()
+
+        url = settings.database_url
+        if url is None:
+            url = await asyncio.to_thread(embedded_postgres.start, settings.var_dir / "postgres")
+        database = Database(url, application_name="september-admission")
+        await database.open()
+        stack.push_async_callback(database.close)
+        provisioner = ProvisionerClient(settings.provisioner_addr, boot_timeout_s=settings.boot_timeout_s)
+        await provisioner.open()
+        stack.push_async_callback(provisioner.close)
+
+        registry = SqlRegistry(database, EngineKeyring(settings.master_keys()))
+        admission = Admission(registry, SqlLimiter(database), provisioner)
+
+        admission_service_pb2_grpc.add_AdmissionServiceServicer_to_server(AdmissionServicer(admission), server.server)
+        await server.start()
+        stack.push_async_callback(server.stop, _GRACE_S)
+        log.info("serving", port=port)
+        yield

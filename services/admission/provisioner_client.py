@@ -1,0 +1,107 @@
+"""The Provisioner over gRPC."""
+
+import asyncio
+from datetime import UTC
+from uuid import UUID
+
+import grpc
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from grpc_status import rpc_status
+from september.engine.v1 import denial_pb2, engine_pb2
+from september.provisioner.v1.provisioner_service_pb2 import EnsureEngineRequest, EnsureEngineResponse
+from september.provisioner.v1.provisioner_service_pb2_grpc import ProvisionerServiceStub
+
+from services.admission.domain import DenialReason, Engine, EngineStatus
+from services.shared.errors import BootTimeout, RemoteError, ServiceError, Unavailable
+from services.shared.grpc_server import ERROR_DOMAIN
+
+# After its timeout a failed boot is undone before it is answered.
+_MARGIN_S = 20.0
+_OPTIONS = (
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    # A restarted Provisioner is found again within a second.
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+)
+
+
+class ProvisionerClient:
+    """Args:
+    address: `host:port` of the Provisioner.
+    boot_timeout_s: how long a boot may take, in seconds.
+    """
+
+    def __init__(self, address: str, *, boot_timeout_s: float) -> None:
+        self._address = address
+        self._patience_s = boot_timeout_s + _MARGIN_S
+        self._calls: set[asyncio.Task[EnsureEngineResponse]] = set()
+        self._channel: grpc.aio.Channel
+
+    async def open(self) -> None:
+        self._channel = grpc.aio.insecure_channel(self._address, options=_OPTIONS)
+        self._stub = ProvisionerServiceStub(self._channel)
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+    async def ensure(
+        self, platform_key: str, user_id: str, *, auto_provision: bool, auto_wake: bool, timeout_s: float | None
+    ) -> Engine | DenialReason:
+        """See `services.admission.admit.Provisioner`.
+
+        The call goes on if whoever waits for it goes away: an engine that was asked for is made.
+        """
+        request = EnsureEngineRequest(user_id=user_id, auto_provision=auto_provision, auto_wake=auto_wake)
+        call = asyncio.create_task(self._ensure(request, platform_key))
+        self._calls.add(call)
+        call.add_done_callback(self._forget)
+        try:
+            async with asyncio.timeout(timeout_s):
+                response = await asyncio.shield(call)
+        except TimeoutError as error:
+            raise BootTimeout("the engine is still booting; call again to join the boot") from error
+        if response.WhichOneof("outcome") == "denial":
+            return DenialReason(denial_pb2.Denial.Reason.Name(response.denial))
+        return _to_engine(response.engine)
+
+    async def _ensure(self, request: EnsureEngineRequest, platform_key: str) -> EnsureEngineResponse:
+        try:
+            return await self._stub.EnsureEngine(
+                request, timeout=self._patience_s, metadata=(("x-platform-key", platform_key),)
+            )
+        except grpc.aio.AioRpcError as error:
+            raise _to_error(error) from error
+
+    def _forget(self, call: asyncio.Task[EnsureEngineResponse]) -> None:
+        self._calls.discard(call)
+        if not call.cancelled():
+            # Whoever would have been told may be gone.
+            call.exception()
+
+
+def _to_error(error: grpc.aio.AioRpcError) -> ServiceError:
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    info, retry = ErrorInfo(), RetryInfo()
+    for detail in status.details if status is not None else ():
+        detail.Unpack(info)
+        detail.Unpack(retry)
+    if status is not None and info.domain == ERROR_DOMAIN:
+        retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None
+        return RemoteError(info.reason, status.message, retry_after_s=retry_after_s)
+    if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return BootTimeout("the engine was not ready in time")
+    return Unavailable("the provisioner can't be reached")
+
+
+def _to_engine(message: engine_pb2.Engine) -> Engine:
+    return Engine(
+        engine_id=UUID(message.engine_id),
+        user_id=message.user_id,
+        status=EngineStatus(engine_pb2.Engine.Status.Name(message.status)),
+        url=message.url,
+        api_key=message.api_key,
+        engine_version=message.engine_version,
+        created_at=message.created_at.ToDatetime(UTC),
+        last_health_at=message.last_health_at.ToDatetime(UTC) if message.HasField("last_health_at") else None,
+    )

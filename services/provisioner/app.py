@@ -1,0 +1,132 @@
+"""The Provisioner, wired: reads top to bottom, and alone knows the concrete classes."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from uuid import UUID, uuid4
+
+import structlog
+from september.provisioner.v1 import product_service_pb2_grpc, provisioner_service_pb2_grpc
+
+from services.provisioner.backends.base import Backend, InstanceState
+from services.provisioner.backends.docker import DockerBackend
+from services.provisioner.backends.process import ProcessBackend
+from services.provisioner.execution import Executor
+from services.provisioner.lifecycle import Lifecycle
+from services.provisioner.loops.operation_watch import OperationWatch
+from services.provisioner.loops.operation_worker import OperationWorker
+from services.provisioner.probe import HttpProber
+from services.provisioner.products import Products
+from services.provisioner.recovery import recover
+from services.provisioner.servicers.product import ProductServicer
+from services.provisioner.servicers.provisioner import ProvisionerServicer
+from services.provisioner.settings import BackendKind, ProvisionerSettings, UrlMode
+from services.provisioner.store.installation import installation_id
+from services.provisioner.store.intents import IntentStore
+from services.provisioner.store.migrations import migrate
+from services.provisioner.store.operations import OperationStore
+from services.provisioner.store.ports import PortAllocator
+from services.provisioner.store.products import ProductStore
+from services.shared import embedded_postgres
+from services.shared.grpc_server import GrpcServer
+from services.shared.keys import EngineKeyring
+from services.shared.loops import supervise
+from services.shared.postgres import Database
+from services.shared.service import background
+
+log = structlog.get_logger(__name__)
+
+_GRACE_S = 10.0
+
+
+@asynccontextmanager
+async def serve(settings: ProvisionerSettings) -> AsyncIterator[None]:
+    """Serves from entry to exit."""
+    async with AsyncExitStack() as stack:
+        server = GrpcServer(settings.provisioner_listen)
+        port = server.bind()
+
+        url = settings.database_url
+        if url is None:
+            url = await asyncio.to_thread(embedded_postgres.start, settings.var_dir / "postgres")
+        await migrate(url)
+        database = Database(url, application_name="september-provisioner", max_size=16)
+        await database.open()
+        stack.push_async_callback(database.close)
+
+        backend = _backend(settings, await installation_id(database))
+        await backend.open()
+        stack.push_async_callback(backend.close)
+        if settings.stop_engines_on_exit:
+            stack.push_async_callback(_stop_engines, backend)
+        prober = HttpProber(settings.health_check_timeout_s)
+        await prober.open()
+        stack.push_async_callback(prober.close)
+
+        keyring = EngineKeyring(settings.master_keys())
+        ports = PortAllocator(settings.node, range(settings.port_min, settings.port_max + 1))
+        url_of = _network_url if settings.engine_url_mode is UrlMode.NETWORK else _host_url
+        intents = IntentStore(database, node=settings.node, ports=ports, url_of=url_of)
+        operations = OperationStore(
+            database,
+            owner=uuid4(),
+            node=settings.node,
+            lease_s=settings.operation_lease_s,
+            boot_timeout_s=settings.boot_timeout_s,
+            ports=ports,
+            url_of=url_of,
+        )
+        watch = OperationWatch(operations)
+        worker = OperationWorker(
+            operations,
+            Executor(
+                operations,
+                backend,
+                prober,
+                keyring,
+                passthrough={name: os.environ[name] for name in settings.engine_env_passthrough if name in os.environ},
+                boot_timeout_s=settings.boot_timeout_s,
+            ),
+            concurrency=settings.boot_concurrency,
+            lease_s=settings.operation_lease_s,
+            settled=watch.settle,
+        )
+        products = Products(ProductStore(database), settings.admin_key.get_secret_value())
+        lifecycle = Lifecycle(intents, watch, keyring, image=settings.image, boot_timeout_s=settings.boot_timeout_s)
+
+        def wake() -> None:
+            worker.wake()
+            watch.wake()
+
+        await recover(backend, operations, intents)
+        await stack.enter_async_context(
+            background(supervise(worker=worker.run(), watch=watch.run(), listener=database.listen("operations", wake)))
+        )
+        provisioner_service_pb2_grpc.add_ProvisionerServiceServicer_to_server(
+            ProvisionerServicer(lifecycle, keyring), server.server
+        )
+        product_service_pb2_grpc.add_ProductServiceServicer_to_server(ProductServicer(products), server.server)
+        await server.start()
+        stack.push_async_callback(server.stop, _GRACE_S)
+        log.info("serving", port=port, backend=settings.engine_backend)
+        yield
+
+
+def _backend(settings: ProvisionerSettings, installation: UUID) -> Backend:
+    if settings.engine_backend is BackendKind.DOCKER:
+        return DockerBackend(str(installation), settings.engine_network, settings.catalog_mount_path)
+    return ProcessBackend(str(installation), settings.var_dir / "engines", settings.catalog_mount_path)
+
+
+def _host_url(engine_id: UUID, port: int) -> str:
+    return f"http://127.0.0.1:{port}"
+
+
+def _network_url(engine_id: UUID, port: int) -> str:
+    return f"http://engine-{engine_id}:8000"
+
+
+async def _stop_engines(backend: Backend) -> None:
+    running = [i.engine_id for i in await backend.list() if i.state in (InstanceState.RUNNING, InstanceState.FROZEN)]
+    await asyncio.gather(*(backend.stop(engine_id, grace_s=_GRACE_S) for engine_id in running))

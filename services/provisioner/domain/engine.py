@@ -1,0 +1,43 @@
+"""Engines as the registry knows them."""
+
+from dataclasses import dataclass, field
+from datetime import datetime
+from enum import StrEnum
+from uuid import UUID
+
+
+class EngineStatus(StrEnum):
+    """Where an engine is in its life; the values are those of the wire."""
+
+    PROVISIONING = "provisioning"
+    RUNNING = "running"
+    SLEEPING = "sleeping"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    DESTROYING = "destroying"
+
+
+class DenialReason(StrEnum):
+    """Why there is no engine to go to, when that is an answer and not an error."""
+
+    ENGINE_NOT_FOUND = "engine_not_found"
+    ENGINE_SLEEPING = "engine_sleeping"
+    ENGINE_UNHEALTHY = "engine_unhealthy"
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """One row of `engines`, with its port."""
+
+    engine_id: UUID
+    product_id: UUID
+    user_id: str
+    status: EngineStatus
+    image: str
+    generation: int
+    node: str
+    url: str
+    encrypted_key: bytes = field(repr=False)
+    created_at: datetime
+    last_health_at: datetime | None
+    port: int | None

@@ -1,0 +1,161 @@
+"""The use cases of engines: each writes an intent, and waits for what workers make of it.
+
+A caller who goes away changes nothing: the intent is written or not, and is carried out if it is.
+"""
+
+import asyncio
+import time
+from collections.abc import Coroutine
+from typing import Any, Protocol, TypeVar
+from uuid import UUID, uuid4
+
+from services.provisioner.domain.engine import DenialReason, Engine
+from services.provisioner.domain.intent import Newborn, Pending
+from services.provisioner.domain.operation import Settled
+from services.provisioner.domain.policy import check_image
+from services.provisioner.domain.product import Product
+from services.shared.errors import BootTimeout, EngineNotFound, Unavailable
+from services.shared.keys import EngineKeyring, new_engine_key
+from services.shared.user_id import check_user_id
+
+_T = TypeVar("_T")
+
+# After its timeout a failed boot is undone, and its own error is better than ours.
+_UNDO_S = 15.0
+_DESTROY_S = 60.0
+
+
+class Intents(Protocol):
+    """Writes what is to be done; see the store for the transactions."""
+
+    async def engine_of_user(self, product_id: UUID, user_id: str) -> Engine | None: ...
+    async def provision(self, product_id: UUID, user_id: str, newborn: Newborn, actor: str) -> Pending: ...
+    async def ensure(
+        self, product_id: UUID, user_id: str, newborn: Newborn | None, actor: str, *, auto_wake: bool
+    ) -> Engine | DenialReason | Pending: ...
+    async def destroy(self, product_id: UUID, user_id: str, actor: str, *, only: UUID | None = None) -> Pending: ...
+
+
+class Watch(Protocol):
+    async def wait(self, operation_id: UUID, timeout_s: float) -> Settled: ...
+
+
+class Lifecycle:
+    """Args:
+    intents: writes what is to be done.
+    watch: tells when it is done.
+    keyring: encrypts the keys of new engines.
+    image: what engines run unless asked otherwise.
+    boot_timeout_s: how long a boot may take, in seconds.
+    """
+
+    def __init__(
+        self, intents: Intents, watch: Watch, keyring: EngineKeyring, *, image: str, boot_timeout_s: float
+    ) -> None:
+        self._intents = intents
+        self._watch = watch
+        self._keyring = keyring
+        self._image = image
+        self._boot_timeout_s = boot_timeout_s
+        self._writing: set[asyncio.Task[Any]] = set()
+
+    async def provision(self, product: Product, user_id: str, image: str) -> Engine:
+        """Makes the user's engine and waits until it is healthy.
+
+        Args:
+            image: what it runs; empty for the platform's own.
+
+        Raises:
+            InvalidRequest, PolicyDenied, EngineAlreadyExists, QuotaExceeded, PortExhaustion,
+            BackendError, BootTimeout, Unavailable.
+        """
+        check_user_id(user_id)
+        image = image or self._image
+        check_image(image, product.policy, self._image)
+        pending = await self._written(
+            self._intents.provision(product.product_id, user_id, self._newborn(image), _actor(product))
+        )
+        await self._booted(pending, self._boot_deadline())
+        engine = await self._intents.engine_of_user(product.product_id, user_id)
+        if engine is None or engine.engine_id != pending.engine_id:
+            raise Unavailable("user_id: the engine was destroyed while it booted")
+        return engine
+
+    async def ensure(
+        self, product: Product, user_id: str, *, auto_provision: bool, auto_wake: bool
+    ) -> Engine | DenialReason:
+        """The user's running engine, made or woken if allowed, or why there is none.
+
+        Joins whatever boot of the engine is under way, whoever began it.
+
+        Raises:
+            InvalidRequest, PolicyDenied, QuotaExceeded, PortExhaustion, BackendError, BootTimeout, Unavailable.
+        """
+        check_user_id(user_id)
+        newborn = None
+        if auto_provision:
+            check_image(self._image, product.policy, self._image)
+            newborn = self._newborn(self._image)
+        deadline = self._boot_deadline()
+        while True:
+            answer = await self._written(
+                self._intents.ensure(product.product_id, user_id, newborn, _actor(product), auto_wake=auto_wake)
+            )
+            if not isinstance(answer, Pending):
+                return answer
+            await self._booted(answer, deadline)
+
+    async def destroy(self, product: Product, user_id: str) -> UUID:
+        """Removes the user's engine with its data, whatever its state; returns its id.
+
+        Raises:
+            InvalidRequest, EngineNotFound, Unavailable: it is still being removed.
+        """
+        check_user_id(user_id)
+        deadline = time.monotonic() + _DESTROY_S
+        pending = await self._written(self._intents.destroy(product.product_id, user_id, _actor(product)))
+        try:
+            while True:
+                await self._watch.wait(pending.operation_id, deadline - time.monotonic())
+                # What ended may have been an operation that gave way; the destroy follows it.
+                pending = await self._written(
+                    self._intents.destroy(product.product_id, user_id, _actor(product), only=pending.engine_id)
+                )
+        except EngineNotFound:
+            return pending.engine_id
+        except TimeoutError as error:
+            raise Unavailable("user_id: the engine is still being removed", retry_after_s=5) from error
+
+    def _newborn(self, image: str) -> Newborn:
+        engine_id = uuid4()
+        return Newborn(engine_id, image, self._keyring.encrypt(engine_id, new_engine_key()))
+
+    def _boot_deadline(self) -> float:
+        return time.monotonic() + self._boot_timeout_s + _UNDO_S
+
+    async def _booted(self, pending: Pending, deadline: float) -> None:
+        """Waits for the operation's end and raises what it failed with."""
+        try:
+            settled = await self._watch.wait(pending.operation_id, deadline - time.monotonic())
+        except TimeoutError as error:
+            raise BootTimeout("the engine is still booting; call again to join the boot") from error
+        failure = settled.failure()
+        if failure is not None:
+            raise failure
+
+    async def _written(self, intent: Coroutine[Any, Any, _T]) -> _T:
+        """Runs the intent to its end even if the caller goes away meanwhile."""
+        task = asyncio.create_task(intent)
+        self._writing.add(task)
+        task.add_done_callback(self._forget)
+        return await asyncio.shield(task)
+
+    def _forget(self, task: asyncio.Task[Any]) -> None:
+        self._writing.discard(task)
+        if not task.cancelled():
+            # Whoever would have been told may be gone.
+            task.exception()
+
+
+def _actor(product: Product) -> str:
+    return f"product:{product.slug}"

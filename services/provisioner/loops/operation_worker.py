@@ -1,0 +1,145 @@
+"""Takes up operations and carries them out, as many side by side as allowed.
+
+Invariant: this process acts on an operation only while it holds its lease. Leases are renewed
+several times within their length; one that can't be renewed runs out here before it runs out in
+the registry, because it is counted from before the request.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable, Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Protocol
+from uuid import UUID
+
+import structlog
+
+from services.provisioner.domain.operation import LeaseLost, Operation, Settled
+from services.provisioner.execution import Executor, Lease
+from services.shared.errors import Unavailable
+from services.shared.loops import Pulse
+
+log = structlog.get_logger(__name__)
+
+# Failures that nobody foresaw, until the operation is taken out of the way.
+_MAX_ATTEMPTS = 5
+_LONGEST_PAUSE_S = 30.0
+
+
+class Queue(Protocol):
+    """Operations that wait for a worker."""
+
+    async def claim(self, limit: int) -> list[Operation]: ...
+    async def renew(self, operation_ids: Collection[UUID]) -> dict[UUID, bool]: ...
+    async def release(self, operation: Operation, pause_s: float) -> None: ...
+    async def quarantine(self, operation: Operation) -> None: ...
+
+
+@dataclass(slots=True)
+class _Run:
+    operation: Operation
+    lease: Lease
+    task: asyncio.Task[None]
+
+
+class OperationWorker:
+    """Args:
+    queue: where operations are claimed.
+    executor: carries them out.
+    concurrency: most operations at once.
+    lease_s: length of a claim, in seconds, as the queue grants it.
+    settled: told of every operation that ends here.
+    """
+
+    def __init__(
+        self,
+        queue: Queue,
+        executor: Executor,
+        *,
+        concurrency: int,
+        lease_s: float,
+        settled: Callable[[Settled], None],
+    ) -> None:
+        self._queue = queue
+        self._executor = executor
+        self._concurrency = concurrency
+        self._lease_s = lease_s
+        self._settled = settled
+        self._runs: dict[UUID, _Run] = {}
+        self._pulse = Pulse()
+
+    def wake(self) -> None:
+        """Something was queued, or has to give way: look now and not at the next poll."""
+        self._pulse.give()
+
+    async def run(self) -> None:
+        """Works until cancelled, then hands over what it could not finish within moments."""
+        try:
+            while True:
+                try:
+                    await self.tick()
+                except Unavailable:
+                    log.warning("operations_unreachable", running=len(self._runs))
+                await self._pulse.wait(self._lease_s / 5)
+        finally:
+            await self._hand_over()
+
+    async def tick(self) -> None:
+        """Renews the leases of what runs here and claims as much as there is room for."""
+        now = time.monotonic()
+        if self._runs:
+            held = await self._queue.renew(self._runs)
+            for operation_id, give_way in held.items():
+                if operation_id in self._runs:
+                    self._runs[operation_id].lease.renew(now + self._lease_s, give_way=give_way)
+        room = self._concurrency - len(self._runs)
+        if room <= 0:
+            return
+        now = time.monotonic()
+        for operation in await self._queue.claim(room):
+            lease = Lease(now + self._lease_s)
+            task = asyncio.create_task(self._carry_out(operation, lease), name=f"operation {operation.kind}")
+            self._runs[operation.operation_id] = _Run(operation, lease, task)
+
+    async def _carry_out(self, operation: Operation, lease: Lease) -> None:
+        with structlog.contextvars.bound_contextvars(
+            operation_id=str(operation.operation_id), engine_id=str(operation.engine_id), kind=operation.kind
+        ):
+            try:
+                settled = await self._executor.execute(operation, lease)
+            except LeaseLost:
+                log.warning("lease_lost")
+                with suppress(LeaseLost, Unavailable):
+                    await self._queue.release(operation, pause_s=0)
+            except Unavailable as error:
+                log.warning("operation_postponed", reason=error.message)
+                await self._postpone(operation)
+            except Exception:
+                log.exception("operation_failed", attempts=operation.attempts)
+                await self._postpone(operation, last=operation.attempts >= _MAX_ATTEMPTS)
+            else:
+                log.info("operation_finished", outcome=settled.outcome, error_code=settled.error_code)
+                self._settled(settled)
+            finally:
+                del self._runs[operation.operation_id]
+                self._pulse.give()
+
+    async def _postpone(self, operation: Operation, *, last: bool = False) -> None:
+        # If this fails too, the lease runs out and the operation is taken up again.
+        with suppress(LeaseLost, Unavailable):
+            if last:
+                await self._queue.quarantine(operation)
+            else:
+                await self._queue.release(operation, min(0.25 * 2**operation.attempts, _LONGEST_PAUSE_S))
+
+    async def _hand_over(self) -> None:
+        """Stops every operation at its next safe point and gives it back."""
+        for run in self._runs.values():
+            run.lease.revoke()
+        tasks = [run.task for run in self._runs.values()]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=self._lease_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)

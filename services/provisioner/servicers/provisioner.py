@@ -1,0 +1,71 @@
+"""ProvisionerService over gRPC."""
+
+from typing import Any
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from grpc.aio import ServicerContext
+from september.engine.v1 import denial_pb2, engine_pb2
+from september.provisioner.v1 import provisioner_service_pb2 as pb
+from september.provisioner.v1.provisioner_service_pb2_grpc import ProvisionerServiceServicer
+
+from services.provisioner.domain.engine import DenialReason, Engine
+from services.provisioner.lifecycle import Lifecycle
+from services.provisioner.servicers.authorization import calling_product
+from services.shared.keys import EngineKeyring
+
+
+class ProvisionerServicer(ProvisionerServiceServicer):
+    def __init__(self, lifecycle: Lifecycle, keyring: EngineKeyring) -> None:
+        self._lifecycle = lifecycle
+        self._keyring = keyring
+
+    async def ProvisionEngine(
+        self, request: pb.ProvisionEngineRequest, context: ServicerContext[Any, Any]
+    ) -> pb.ProvisionEngineResponse:
+        engine = await self._lifecycle.provision(calling_product(), request.user_id, request.engine_version)
+        return pb.ProvisionEngineResponse(
+            engine_id=str(engine.engine_id),
+            user_id=engine.user_id,
+            status=engine_pb2.Engine.Status.Value(engine.status),
+            url=engine.url,
+            api_key=self._keyring.decrypt(engine.engine_id, engine.encrypted_key),
+        )
+
+    async def EnsureEngine(
+        self, request: pb.EnsureEngineRequest, context: ServicerContext[Any, Any]
+    ) -> pb.EnsureEngineResponse:
+        answer = await self._lifecycle.ensure(
+            calling_product(),
+            request.user_id,
+            auto_provision=request.auto_provision,
+            auto_wake=request.auto_wake,
+        )
+        if isinstance(answer, DenialReason):
+            return pb.EnsureEngineResponse(denial=denial_pb2.Denial.Reason.Value(answer))
+        return pb.EnsureEngineResponse(engine=self._engine_message(answer))
+
+    async def DestroyEngine(
+        self, request: pb.DestroyEngineRequest, context: ServicerContext[Any, Any]
+    ) -> pb.DestroyEngineResponse:
+        engine_id = await self._lifecycle.destroy(calling_product(), request.user_id)
+        return pb.DestroyEngineResponse(status="destroyed", engine_id=str(engine_id))
+
+    def _engine_message(self, engine: Engine) -> engine_pb2.Engine:
+        message = engine_pb2.Engine(
+            engine_id=str(engine.engine_id),
+            user_id=engine.user_id,
+            status=engine_pb2.Engine.Status.Value(engine.status),
+            url=engine.url,
+            api_key=self._keyring.decrypt(engine.engine_id, engine.encrypted_key),
+            engine_version=engine.image,
+            created_at=_timestamp(engine.created_at),
+        )
+        if engine.last_health_at is not None:
+            message.last_health_at.CopyFrom(_timestamp(engine.last_health_at))
+        return message
+
+
+def _timestamp(at: Any) -> Timestamp:
+    timestamp = Timestamp()
+    timestamp.FromDatetime(at)
+    return timestamp

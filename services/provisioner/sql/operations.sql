@@ -1,0 +1,91 @@
+-- name: insert_operation
+INSERT INTO operations (operation_id, engine_id, product_id, user_id, node, kind, actor)
+SELECT %(operation_id)s, engine_id, product_id, user_id, node, %(kind)s, %(actor)s
+FROM engines WHERE engine_id = %(engine_id)s
+
+-- name: notify
+-- Wakes workers, and those who wait for an operation.
+SELECT pg_notify('operations', '')
+
+-- name: open_operation
+SELECT operation_id, kind,
+    quarantined_at IS NOT NULL OR owner IS NULL OR lease_until < clock_timestamp() AS unowned
+FROM operations
+WHERE engine_id = %(engine_id)s AND finished_at IS NULL
+
+-- name: lock_open_operation
+SELECT operation_id, kind,
+    quarantined_at IS NOT NULL OR owner IS NULL OR lease_until < clock_timestamp() AS unowned
+FROM operations
+WHERE engine_id = %(engine_id)s AND finished_at IS NULL
+FOR UPDATE
+
+-- name: settled_operations
+-- Those of the given operations that will not go on by themselves.
+SELECT operation_id, kind, outcome, error_code, error_message
+FROM operations
+WHERE operation_id = ANY(%(operation_ids)s) AND (finished_at IS NOT NULL OR quarantined_at IS NOT NULL)
+
+-- name: claim_operations
+UPDATE operations
+SET owner = %(owner)s,
+    lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s),
+    attempts = attempts + 1,
+    deadline = coalesce(deadline, clock_timestamp() + make_interval(secs => %(boot_timeout_s)s))
+WHERE operation_id IN (
+    SELECT operation_id FROM operations
+    WHERE node = %(node)s AND finished_at IS NULL AND quarantined_at IS NULL AND not_before <= clock_timestamp()
+        AND (owner IS NULL OR lease_until < clock_timestamp())
+    ORDER BY not_before
+    LIMIT %(limit)s
+    FOR UPDATE SKIP LOCKED
+)
+RETURNING operation_id, engine_id, product_id, user_id, kind, step, actor, attempts, error_code, error_message,
+    extract(epoch FROM deadline - clock_timestamp())::double precision AS seconds_left
+
+-- name: renew_leases
+UPDATE operations
+SET lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s)
+WHERE operation_id = ANY(%(operation_ids)s) AND owner = %(owner)s AND finished_at IS NULL
+    AND lease_until > clock_timestamp()
+RETURNING operation_id, cancelled_by IS NOT NULL AS cancelled
+
+-- name: set_step
+UPDATE operations
+SET step = %(step)s, error_code = %(error_code)s, error_message = %(error_message)s
+WHERE operation_id = %(operation_id)s AND owner = %(owner)s AND finished_at IS NULL
+
+-- name: release_operation
+-- Given back unfinished: to go on elsewhere, or here after a pause.
+UPDATE operations
+SET owner = NULL, lease_until = NULL, not_before = clock_timestamp() + make_interval(secs => %(pause_s)s)
+WHERE operation_id = %(operation_id)s AND owner = %(owner)s AND finished_at IS NULL
+
+-- name: quarantine_operation
+UPDATE operations
+SET owner = NULL, lease_until = NULL, quarantined_at = clock_timestamp(),
+    error_code = 'INTERNAL', error_message = 'the operation could not be carried out'
+WHERE operation_id = %(operation_id)s AND owner = %(owner)s AND finished_at IS NULL
+
+-- name: request_cancel
+UPDATE operations SET cancelled_by = %(actor)s WHERE operation_id = %(operation_id)s
+
+-- name: hold_operation
+-- While this lock is held nobody can take the operation over.
+SELECT cancelled_by FROM operations
+WHERE operation_id = %(operation_id)s AND owner = %(owner)s AND finished_at IS NULL
+FOR UPDATE
+
+-- name: finish_operation
+UPDATE operations
+SET outcome = %(outcome)s, error_code = %(error_code)s, error_message = %(error_message)s,
+    owner = NULL, lease_until = NULL, finished_at = clock_timestamp()
+WHERE operation_id = %(operation_id)s
+RETURNING operation_id, kind, outcome, error_code, error_message
+
+-- name: insert_audit_event
+-- The outcome is `requested` for an open operation.
+INSERT INTO audit_events (action, actor, outcome, product_id, engine_id, user_id, duration_ms, error_code)
+SELECT kind, actor, coalesce(outcome, 'requested'), product_id, engine_id, user_id,
+    (extract(epoch FROM finished_at - created_at) * 1000)::integer, error_code
+FROM operations WHERE operation_id = %(operation_id)s

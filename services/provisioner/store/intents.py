@@ -1,0 +1,240 @@
+"""Intents: what is to be done to an engine, decided and written down in one transaction.
+
+Locks are taken in the order product, engine, operation.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+from uuid import UUID, uuid4
+
+from services.provisioner.domain.engine import DenialReason, Engine, EngineStatus
+from services.provisioner.domain.intent import Newborn, Pending
+from services.provisioner.domain.operation import BOOTS, OpenOperation, OperationKind, Outcome
+from services.provisioner.store.ports import PortAllocator
+from services.provisioner.store.rows import load_sql, to_engine, to_open_operation, to_product
+from services.shared.errors import EngineAlreadyExists, EngineNotFound, PortExhaustion, ProductNotFound, QuotaExceeded
+from services.shared.postgres import Connection, Database
+
+_ENGINES = load_sql("engines")
+_OPERATIONS = load_sql("operations")
+_PRODUCTS = load_sql("products")
+
+
+class IntentStore:
+    """Writes intents.
+
+    Args:
+        database: the registry.
+        node: where new engines are made.
+        ports: gives new engines their ports.
+        url_of: URL of an engine by its id and port.
+    """
+
+    def __init__(
+        self, database: Database, *, node: str, ports: PortAllocator, url_of: Callable[[UUID, int], str]
+    ) -> None:
+        self._database = database
+        self._node = node
+        self._ports = ports
+        self._url_of = url_of
+
+    async def engine_of_user(self, product_id: UUID, user_id: str) -> Engine | None:
+        async with self._database.connection() as connection:
+            return await _engine_of_user(connection, product_id, user_id)
+
+    async def provision(self, product_id: UUID, user_id: str, newborn: Newborn, actor: str) -> Pending:
+        """Writes the engine's row, port and operation, under the product's lock.
+
+        The lock makes the count exact: nobody else adds an engine to the product meanwhile.
+
+        Raises:
+            EngineAlreadyExists: the user has one, in whatever state.
+            QuotaExceeded: the product is at its `max_engines`.
+            PortExhaustion: no port of the node is free.
+        """
+        async with self._database.transaction() as tx:
+            return await self._provision(tx, product_id, user_id, newborn, actor)
+
+    async def ensure(
+        self, product_id: UUID, user_id: str, newborn: Newborn | None, actor: str, *, auto_wake: bool
+    ) -> Engine | DenialReason | Pending:
+        """The user's running engine, why there is none, or what to wait for before asking again.
+
+        Args:
+            newborn: what to make if the user has no engine; None to make nothing.
+
+        Raises:
+            QuotaExceeded, PortExhaustion: as for `provision`.
+        """
+        async with self._database.transaction() as tx:
+            while True:
+                engine = await _engine_of_user(tx, product_id, user_id)
+                if engine is not None:
+                    if await _lock_engine(tx, engine.engine_id):
+                        return await self._ensure(
+                            tx, engine.engine_id, actor, may_provision=newborn is not None, wake=auto_wake
+                        )
+                elif newborn is None:
+                    return DenialReason.ENGINE_NOT_FOUND
+                else:
+                    # Another call may be first while this one waits for the product's lock.
+                    with suppress(EngineAlreadyExists):
+                        return await self._provision(tx, product_id, user_id, newborn, actor)
+
+    async def _ensure(
+        self, tx: Connection, engine_id: UUID, actor: str, *, may_provision: bool, wake: bool
+    ) -> Engine | DenialReason | Pending:
+        # Read again: the row's lock may have been waited for.
+        engine = await _engine(tx, engine_id)
+        operation = await _open_operation(tx, engine_id)
+        if engine.status is EngineStatus.DESTROYING:
+            if operation is None or not may_provision:
+                return DenialReason.ENGINE_NOT_FOUND
+            return Pending(operation.operation_id, engine_id)
+        if operation is not None and operation.kind in BOOTS:
+            return Pending(operation.operation_id, engine_id)
+        match engine.status:
+            case EngineStatus.RUNNING:
+                return engine
+            case EngineStatus.SLEEPING if wake and operation is None:
+                return await self._insert_operation(tx, engine_id, OperationKind.WAKE, actor)
+            case EngineStatus.SLEEPING | EngineStatus.STOPPED:
+                return DenialReason.ENGINE_SLEEPING
+            case _:
+                return DenialReason.ENGINE_UNHEALTHY
+
+    async def destroy(self, product_id: UUID, user_id: str, actor: str, *, only: UUID | None = None) -> Pending:
+        """Marks the engine as being destroyed and writes the operation, whatever its state.
+
+        An operation under way on the engine is asked to give way, and is what to wait for; its
+        end begins the destroy.
+
+        Args:
+            only: the engine that is meant, if the user may have got another one meanwhile.
+
+        Raises:
+            EngineNotFound: the user has no engine, or another than the one meant.
+        """
+        async with self._database.transaction() as tx:
+            engine = await _engine_of_user(tx, product_id, user_id)
+            if engine is None or only not in (None, engine.engine_id) or not await _lock_engine(tx, engine.engine_id):
+                raise EngineNotFound
+            engine_id = engine.engine_id
+            operation = await _open_operation(tx, engine_id, lock=True)
+            if operation is not None and operation.kind is OperationKind.DESTROY:
+                return Pending(operation.operation_id, engine_id)
+            await tx.execute(_ENGINES["set_status"], {"engine_id": engine_id, "status": EngineStatus.DESTROYING})
+            if operation is not None and not operation.unowned:
+                await tx.execute(
+                    _OPERATIONS["request_cancel"], {"operation_id": operation.operation_id, "actor": actor}
+                )
+                await tx.execute(_OPERATIONS["notify"])
+                return Pending(operation.operation_id, engine_id)
+            if operation is not None:
+                await finish_operation(tx, operation.operation_id, Outcome.CANCELLED)
+            return await self._insert_operation(tx, engine_id, OperationKind.DESTROY, actor)
+
+    async def start(self, engine_id: UUID, actor: str) -> Pending | None:
+        """Writes the start of an engine that is not running though its row may say so.
+
+        Returns None if the engine is gone or another operation is open: that one decides.
+        """
+        async with self._database.transaction() as tx:
+            if not await _lock_engine(tx, engine_id) or await _open_operation(tx, engine_id) is not None:
+                return None
+            await tx.execute(_ENGINES["set_status"], {"engine_id": engine_id, "status": EngineStatus.PROVISIONING})
+            return await self._insert_operation(tx, engine_id, OperationKind.START, actor)
+
+    async def _provision(self, tx: Connection, product_id: UUID, user_id: str, newborn: Newborn, actor: str) -> Pending:
+        cursor = await tx.execute(_PRODUCTS["lock_product"], {"product_id": product_id})
+        row = await cursor.fetchone()
+        if row is None:
+            raise ProductNotFound
+        policy = to_product(row).policy
+        if await _engine_of_user(tx, product_id, user_id) is not None:
+            raise EngineAlreadyExists("user_id: the user has an engine already")
+        cursor = await tx.execute(_PRODUCTS["count_engines"], {"product_id": product_id})
+        count = await cursor.fetchone()
+        assert count is not None
+        if count["engines"] >= policy.max_engines:
+            raise QuotaExceeded(f"the product has {count['engines']} of at most {policy.max_engines} engines")
+        values: dict[str, Any] = {
+            "engine_id": newborn.engine_id,
+            "product_id": product_id,
+            "user_id": user_id,
+            "image": newborn.image,
+            "node": self._node,
+            "encrypted_key": newborn.encrypted_key,
+        }
+        await tx.execute(_ENGINES["insert_engine"], values)
+        port = await self._ports.lease(tx, newborn.engine_id)
+        if port is None:
+            raise PortExhaustion("no port is free for one more engine")
+        url = self._url_of(newborn.engine_id, port)
+        await tx.execute(_ENGINES["set_url"], {"engine_id": newborn.engine_id, "url": url})
+        return await self._insert_operation(tx, newborn.engine_id, OperationKind.PROVISION, actor)
+
+    async def _insert_operation(self, tx: Connection, engine_id: UUID, kind: OperationKind, actor: str) -> Pending:
+        return Pending(await insert_operation(tx, engine_id, kind, actor), engine_id)
+
+
+async def insert_operation(tx: Connection, engine_id: UUID, kind: OperationKind, actor: str) -> UUID:
+    """Writes an operation with its audit event and wakes the workers at commit; returns its id."""
+    operation_id = uuid4()
+    values = {"operation_id": operation_id, "engine_id": engine_id, "kind": kind, "actor": actor}
+    await tx.execute(_OPERATIONS["insert_operation"], values)
+    await tx.execute(_OPERATIONS["insert_audit_event"], values)
+    await tx.execute(_OPERATIONS["notify"])
+    return operation_id
+
+
+async def finish_operation(
+    tx: Connection,
+    operation_id: UUID,
+    outcome: Outcome,
+    error_code: str | None = None,
+    error_message: str | None = None,
+) -> dict[str, Any]:
+    """Ends an operation with its audit event and wakes those who wait for it; returns its row."""
+    cursor = await tx.execute(
+        _OPERATIONS["finish_operation"],
+        {
+            "operation_id": operation_id,
+            "outcome": outcome,
+            "error_code": error_code,
+            "error_message": error_message,
+        },
+    )
+    row = await cursor.fetchone()
+    assert row is not None
+    await tx.execute(_OPERATIONS["insert_audit_event"], {"operation_id": operation_id})
+    await tx.execute(_OPERATIONS["notify"])
+    return row
+
+
+async def _engine_of_user(tx: Connection, product_id: UUID, user_id: str) -> Engine | None:
+    cursor = await tx.execute(_ENGINES["engine_of_user"], {"product_id": product_id, "user_id": user_id})
+    row = await cursor.fetchone()
+    return None if row is None else to_engine(row)
+
+
+async def _engine(tx: Connection, engine_id: UUID) -> Engine:
+    cursor = await tx.execute(_ENGINES["engine"], {"engine_id": engine_id})
+    row = await cursor.fetchone()
+    assert row is not None, "read under its lock"
+    return to_engine(row)
+
+
+async def _lock_engine(tx: Connection, engine_id: UUID) -> bool:
+    """Locks the engine's row; False if it is gone."""
+    cursor = await tx.execute(_ENGINES["lock_engine"], {"engine_id": engine_id})
+    return await cursor.fetchone() is not None
+
+
+async def _open_operation(tx: Connection, engine_id: UUID, *, lock: bool = False) -> OpenOperation | None:
+    cursor = await tx.execute(
+        _OPERATIONS["lock_open_operation" if lock else "open_operation"], {"engine_id": engine_id}
+    )
+    row = await cursor.fetchone()
+    return None if row is None else to_open_operation(row)

@@ -1,0 +1,48 @@
+"""The registry's schema: numbered files, each applied once, in order, in a transaction of its own."""
+
+from importlib.resources import files
+
+import psycopg
+import structlog
+
+from services.shared.errors import Unavailable
+
+log = structlog.get_logger(__name__)
+
+# Any number that nothing else in the database uses for an advisory lock.
+_LOCK = 7_267_356_001
+
+
+async def migrate(url: str) -> list[str]:
+    """Brings the registry's schema up to date; returns the names of what was applied.
+
+    Several processes may call it at once: one applies, under an advisory lock, the others wait
+    and find nothing left to do. The connection is its own, without the pool's time limits.
+
+    Raises:
+        Unavailable: PostgreSQL can't be reached.
+    """
+    folder = files("services.provisioner") / "sql" / "migrations"
+    scripts = sorted((f for f in folder.iterdir() if f.name.endswith(".sql")), key=lambda f: f.name)
+    try:
+        connection = await psycopg.AsyncConnection.connect(url, autocommit=True, connect_timeout=5)
+    except psycopg.OperationalError as error:
+        raise Unavailable("the registry can't be reached") from error
+    async with connection:
+        await connection.execute("SELECT pg_advisory_lock(%s)", [_LOCK])
+        await connection.execute(
+            "CREATE TABLE IF NOT EXISTS schema_migrations ("
+            " name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT clock_timestamp())"
+        )
+        cursor = await connection.execute("SELECT name FROM schema_migrations")
+        done = {row[0] for row in await cursor.fetchall()}
+        applied = []
+        for script in scripts:
+            if script.name in done:
+                continue
+            async with connection.transaction():
+                await connection.execute(script.read_text(encoding="utf-8").encode())
+                await connection.execute("INSERT INTO schema_migrations (name) VALUES (%s)", [script.name])
+            log.info("migration_applied", name=script.name)
+            applied.append(script.name)
+        return applied

@@ -1,0 +1,57 @@
+"""Rows of the registry as domain objects."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from importlib.resources import files
+from typing import Any, LiteralString
+
+from services.provisioner.domain.engine import Engine, EngineStatus
+from services.provisioner.domain.operation import (
+    OpenOperation,
+    Operation,
+    OperationKind,
+    Outcome,
+    Settled,
+    Step,
+)
+from services.provisioner.domain.policy import Policy
+from services.provisioner.domain.product import Product
+from services.shared import queries
+
+
+def load_sql(name: str) -> dict[str, LiteralString]:
+    """The named blocks of `services/provisioner/sql/{name}.sql`."""
+    return queries.load(files("services.provisioner") / "sql" / f"{name}.sql")
+
+
+def to_engine(row: Mapping[str, Any]) -> Engine:
+    # By name: a column that a later version has added is not ours to know.
+    values = {field.name: row[field.name] for field in fields(Engine)}
+    return Engine(**(values | {"status": EngineStatus(row["status"])}))
+
+
+def to_operation(row: Mapping[str, Any]) -> Operation:
+    return Operation(**(dict(row) | {"kind": OperationKind(row["kind"]), "step": Step(row["step"])}))
+
+
+def to_open_operation(row: Mapping[str, Any]) -> OpenOperation:
+    return OpenOperation(**(dict(row) | {"kind": OperationKind(row["kind"])}))
+
+
+def to_settled(row: Mapping[str, Any]) -> Settled:
+    outcome = row["outcome"]
+    return Settled(
+        **(dict(row) | {"kind": OperationKind(row["kind"]), "outcome": None if outcome is None else Outcome(outcome)})
+    )
+
+
+def to_product(row: Mapping[str, Any]) -> Product:
+    return Product(
+        product_id=row["product_id"],
+        slug=row["slug"],
+        policy=Policy(
+            max_engines=row["max_engines"],
+            rate_limit_rpm=row["rate_limit_rpm"],
+            allowed_images=tuple(row["allowed_images"]),
+        ),
+    )

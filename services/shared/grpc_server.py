@@ -1,0 +1,148 @@
+"""A gRPC server as both services run it: errors, request ids, health, limits, shutdown."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+from uuid import uuid4
+
+import grpc
+import structlog
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import DecodeError
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from google.rpc.status_pb2 import Status
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from september.errors.v1 import errors_pb2
+
+from services.shared.errors import InvalidRequest, ServiceError
+
+ERROR_DOMAIN = "platform.september"
+MAX_REQUEST_BYTES = 64 * 1024
+
+log = structlog.get_logger(__name__)
+
+_STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
+_OPTIONS = (
+    # A second process on the same port must fail, not take part of the traffic.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    # As often as our own clients and the gateway ping, or they would be told to go away.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+)
+
+
+def to_status(code: str, message: str, retry_after_s: float | None = None) -> tuple[grpc.StatusCode, Status]:
+    """The status of an error of the table, with `ErrorInfo` and, if waiting helps, `RetryInfo`."""
+    value = errors_pb2.ErrorCode.DESCRIPTOR.values_by_name[f"ERROR_CODE_{code}"]
+    grpc_code = value.GetOptions().Extensions[errors_pb2.mapping].grpc_code
+    details = [AnyMessage(), AnyMessage()] if retry_after_s is not None else [AnyMessage()]
+    details[0].Pack(ErrorInfo(reason=code, domain=ERROR_DOMAIN))
+    if retry_after_s is not None:
+        delay = Duration()
+        delay.FromNanoseconds(round(retry_after_s * 1e9))
+        details[1].Pack(RetryInfo(retry_delay=delay))
+    return _STATUS_CODES[grpc_code], Status(code=grpc_code, message=message, details=details)
+
+
+Handler = grpc.RpcMethodHandler[Any, Any]
+Context = grpc.aio.ServicerContext[Any, Any]
+Continuation = Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]]
+
+
+class StatusInterceptor(grpc.aio.ServerInterceptor):
+    """Turns whatever a handler raises into a documented error, and hides the rest.
+
+    It also parses the request itself, so that a malformed message is the caller's error and not
+    an internal one, and binds the request id to every log line of the call.
+    """
+
+    async def intercept_service(
+        self,
+        continuation: Continuation,
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        handler = await continuation(handler_call_details)
+        if handler is None or handler.unary_unary is None:
+            return handler
+        method = handler_call_details.method
+
+        async def behaviour(request: bytes, context: Context) -> Any:
+            request_id = next(iter(metadata_values(context, "x-request-id")), None) or str(uuid4())
+            with structlog.contextvars.bound_contextvars(request_id=request_id, method=method):
+                code, status = await self._answer(handler, request, context, request_id)
+                if code is grpc.StatusCode.OK:
+                    return status
+                await context.abort(code, status.message, (("grpc-status-details-bin", status.SerializeToString()),))
+
+        return grpc.unary_unary_rpc_method_handler(behaviour, None, handler.response_serializer)
+
+    async def _answer(
+        self, handler: Any, request: bytes, context: Context, request_id: str
+    ) -> tuple[grpc.StatusCode, Any]:
+        try:
+            try:
+                message = handler.request_deserializer(request)
+            except DecodeError as error:
+                raise InvalidRequest("the message is malformed") from error
+            return grpc.StatusCode.OK, await handler.unary_unary(message, context)
+        except ServiceError as error:
+            log.info("call_refused", code=error.code, message=error.message)
+            return to_status(error.code, error.message, error.retry_after_s)
+        except asyncio.CancelledError:
+            if context.cancelled() or asyncio.current_task().cancelling():  # type: ignore[union-attr]
+                raise
+            # Raised inside the handler, not by the caller's going away: unanswered, the caller would hang.
+            log.exception("call_cancelled_inside")
+        except Exception:
+            log.exception("call_failed")
+        return to_status("INTERNAL", f"internal error; request id {request_id}")
+
+
+def metadata_values(context: Context, key: str) -> list[str]:
+    """Every value of a metadata key of a call, in order."""
+    return [str(v) for k, v in context.invocation_metadata() or () if k == key]
+
+
+class AddressTaken(Exception):
+    """The server's address can't be bound."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(f"{address} is taken, or not an address of this host")
+
+
+class GrpcServer:
+    """A server with the health service, on one address.
+
+    Args:
+        address: `host:port`; port 0 takes a free one.
+        interceptors: run after the one that answers errors.
+    """
+
+    def __init__(self, address: str, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
+        self._address = address
+        self._health = health.aio.HealthServicer()
+        self.server = grpc.aio.server(interceptors=[StatusInterceptor(), *interceptors], options=_OPTIONS)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
+
+    def bind(self) -> int:
+        """Takes the address; returns the port. Calls wait until `start`.
+
+        Raises:
+            AddressTaken: another process has it, or it is not this host's.
+        """
+        try:
+            return self.server.add_insecure_port(self._address)
+        except RuntimeError as error:
+            raise AddressTaken(self._address) from error
+
+    async def start(self) -> None:
+        """Serves, and says SERVING."""
+        await self.server.start()
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """Says NOT_SERVING, takes no more calls, and gives those under way `grace_s` seconds."""
+        await self._health.enter_graceful_shutdown()
+        await self.server.stop(grace_s)

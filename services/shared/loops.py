@@ -1,0 +1,51 @@
+"""Background work of a service."""
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, NoReturn
+
+
+class LoopEnded(Exception):
+    """A loop that must run for ever returned."""
+
+
+async def supervise(**loops: Coroutine[Any, Any, None]) -> NoReturn:
+    """Runs loops side by side until cancelled; one that raises *or returns* ends them all.
+
+    A service without one of its loops looks alive and is not; better that it dies and is
+    started again.
+
+    Args:
+        loops: coroutine of each loop, by the name that it has in an error.
+
+    Raises:
+        ExceptionGroup: of what the loops raised, `LoopEnded` for one that returned.
+    """
+
+    async def guarded(name: str, loop: Coroutine[Any, Any, None]) -> None:
+        await loop
+        raise LoopEnded(name)
+
+    async with asyncio.TaskGroup() as group:
+        for name, loop in loops.items():
+            group.create_task(guarded(name, loop), name=name)
+    raise LoopEnded("no loop was given")
+
+
+class Pulse:
+    """Wakes one waiting loop early; a pulse given meanwhile is not lost."""
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    def give(self) -> None:
+        self._event.set()
+
+    async def wait(self, timeout_s: float) -> None:
+        """Returns at the next pulse, or after `timeout_s` seconds."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._event.wait()
+        except TimeoutError:
+            pass
+        self._event.clear()

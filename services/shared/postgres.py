@@ -1,0 +1,118 @@
+"""PostgreSQL for the services: a pool, transactions, and its errors in our terms."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import psycopg
+import structlog
+from psycopg.rows import DictRow, dict_row
+from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
+
+from services.shared.errors import Unavailable
+
+Connection = psycopg.AsyncConnection[DictRow]
+
+log = structlog.get_logger(__name__)
+
+# A connection that went half-open is noticed within seconds, and no statement, lock or forgotten
+# transaction holds a connection for long.
+_CONNECTION_PARAMETERS: dict[str, Any] = {
+    "connect_timeout": 5,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+    "options": "-c statement_timeout=10s -c lock_timeout=5s -c idle_in_transaction_session_timeout=15s -c timezone=UTC",
+}
+
+
+class Database:
+    """A bounded pool of connections.
+
+    Args:
+        url: connection string of PostgreSQL.
+        application_name: how its connections are known to PostgreSQL.
+        max_size: most connections.
+    """
+
+    def __init__(self, url: str, *, application_name: str, max_size: int = 10) -> None:
+        self._url = url
+        self._parameters = {**_CONNECTION_PARAMETERS, "application_name": application_name}
+        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+            url,
+            open=False,
+            min_size=1,
+            max_size=max_size,
+            timeout=5,
+            max_waiting=2_000,
+            check=AsyncConnectionPool.check_connection,
+            connection_class=psycopg.AsyncConnection[DictRow],
+            kwargs={**self._parameters, "row_factory": dict_row, "autocommit": True},
+        )
+
+    async def open(self) -> None:
+        """Connects.
+
+        Raises:
+            Unavailable: PostgreSQL can't be reached.
+        """
+        with _translated():
+            await self._pool.open(wait=True, timeout=30)
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """A connection in autocommit mode, for single statements.
+
+        Raises:
+            Unavailable: PostgreSQL can't be reached, is overloaded, or did not answer in time.
+        """
+        with _translated():
+            async with self._pool.connection() as connection:
+                yield connection
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncIterator[Connection]:
+        """A connection within one transaction, committed at the end of the block.
+
+        Raises:
+            Unavailable: as for `connection`; nothing is committed, or the commit's fate is unknown.
+        """
+        async with self.connection() as connection, connection.transaction():
+            yield connection
+
+    async def listen(self, channel: str, heard: Callable[[], None]) -> None:
+        """Calls `heard` at every NOTIFY on `channel` and after every (re)connect; runs until cancelled.
+
+        A notification is a hint: some are lost when the connection is, so whoever is woken by it
+        polls as well. The connection is its own, since LISTEN does not survive a pooler.
+        """
+        while True:
+            with suppress(psycopg.Error):
+                async with await psycopg.AsyncConnection.connect(
+                    self._url, autocommit=True, **self._parameters
+                ) as connection:
+                    await connection.execute(psycopg.sql.SQL("LISTEN {}").format(psycopg.sql.Identifier(channel)))
+                    heard()
+                    async for _ in connection.notifies():
+                        heard()
+            log.warning("listener_disconnected", channel=channel)
+            await asyncio.sleep(1)
+
+
+class _translated:  # noqa: N801 - used like a function
+    """Turns the driver's errors of reachability into `Unavailable`, whose text says nothing of the inside."""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(
+            error, psycopg.OperationalError | psycopg.InterfaceError | PoolTimeout | PoolClosed | TooManyRequests
+        ):
+            log.warning("registry_unreachable", error=str(error), kind=type(error).__name__)
+            raise Unavailable("the registry can't be reached") from error
