@@ -24,8 +24,8 @@ _GRACE_S = 10.0
 
 
 @asynccontextmanager
-async def serve(settings: AdmissionSettings) -> AsyncIterator[None]:
-    """Serves from entry to exit."""
+async def serve(settings: AdmissionSettings) -> AsyncIterator[int]:
+    """Serves from entry to exit; gives the port."""
     async with AsyncExitStack() as stack:
         server = GrpcServer(settings.admission_listen)
         port = server.bind()
@@ -47,4 +47,4 @@ async def serve(settings: AdmissionSettings) -> AsyncIterator[None]:
         await server.start()
         stack.push_async_callback(server.stop, _GRACE_S)
         log.info("serving", port=port)
-        yield
+        yield port

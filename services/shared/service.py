@@ -17,7 +17,7 @@ from services.shared.settings import CommonSettings, load
 S = TypeVar("S", bound=CommonSettings)
 
 
-def run(name: str, settings_type: type[S], serve: Callable[[S], AbstractAsyncContextManager[None]]) -> None:
+def run(name: str, settings_type: type[S], serve: Callable[[S], AbstractAsyncContextManager[int]]) -> None:
     """Loads settings and serves until SIGTERM or SIGINT.
 
     Args:
@@ -33,7 +33,7 @@ def run(name: str, settings_type: type[S], serve: Callable[[S], AbstractAsyncCon
         sys.exit(f"{name}: {error}")
 
 
-async def _until_signal(service: AbstractAsyncContextManager[None]) -> None:
+async def _until_signal(service: AbstractAsyncContextManager[int]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

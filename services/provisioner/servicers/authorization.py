@@ -47,7 +47,7 @@ class AuthorizationInterceptor(grpc.aio.ServerInterceptor):
         self,
         continuation: Continuation,
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler | None:
+    ) -> "Handler | None":
         handler = await continuation(handler_call_details)
         role = ROLES.get(handler_call_details.method)
         if role is Role.ANYONE:

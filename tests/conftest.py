@@ -1,0 +1,63 @@
+"""Fixtures that all tests share."""
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from services.shared import embedded_postgres
+from tests.harness import Clients, Platform, Service, new_database, running_platform
+
+
+@pytest.fixture(scope="session")
+def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL of the tests' own."""
+    data_dir = tmp_path_factory.mktemp("postgres") / "data"
+    yield embedded_postgres.start(data_dir)
+    embedded_postgres.stop(data_dir)
+
+
+@pytest.fixture
+def database_url(postgres_url: str) -> str:
+    """An empty database."""
+    return new_database(postgres_url)
+
+
+@pytest.fixture
+def platform(database_url: str, tmp_path: Path) -> Iterator[Platform]:
+    """An installation of the test's own, nothing started yet."""
+    with running_platform(database_url, tmp_path, ORCH_PORT_MIN="20000", ORCH_PORT_MAX="20999") as platform:
+        yield platform
+
+
+@pytest.fixture(scope="session")
+def shared(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Platform, list[Service]]]:
+    """One installation for all tests that only need a product of their own: a Provisioner and two Admissions."""
+    directory = tmp_path_factory.mktemp("shared")
+    ports = {"ORCH_PORT_MIN": "21000", "ORCH_PORT_MAX": "21999"}
+    with running_platform(new_database(postgres_url), directory, **ports) as platform:
+        provisioner = platform.provisioner()
+        yield platform, [provisioner, platform.admission(provisioner), platform.admission(provisioner)]
+
+
+@pytest.fixture
+async def clients(shared: tuple[Platform, list[Service]]) -> AsyncIterator[Clients]:
+    """Stubs of the shared installation."""
+    platform, services = shared
+    clients = Clients(platform, *(service.address for service in services))
+    yield clients
+    await clients.close()
+
+
+@pytest.fixture
+async def connect() -> AsyncIterator[Callable[..., Clients]]:
+    """Makes stubs for services that the test has started itself."""
+    made: list[Clients] = []
+
+    def connect(platform: Platform, *services: Service) -> Clients:
+        made.append(Clients(platform, *(service.address for service in services)))
+        return made[-1]
+
+    yield connect
+    for clients in made:
+        await clients.close()
