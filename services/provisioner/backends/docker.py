@@ -1,0 +1,247 @@
+"""Engines as containers of the local Docker daemon."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+from uuid import UUID
+
+from docker import APIClient
+from docker.errors import APIError, NotFound
+from docker.utils import kwargs_from_env
+
+from services.provisioner.backends.base import EngineSpec, Instance, InstanceState, PortTaken
+from services.provisioner.backends.docker_errors import (
+    conflict_is_fine,
+    is_conflict,
+    is_not_paused,
+    is_port_refused,
+    translated,
+)
+from services.provisioner.backends.engine_template import (
+    INSTALLATION_LABEL,
+    EngineTemplate,
+    container_name,
+    volume_name,
+)
+from services.provisioner.backends.instances import await_exit, refuse_older
+from services.provisioner.backends.threads import BackendThreads
+from services.shared.errors import BackendError, Unavailable
+
+T = TypeVar("T")
+
+_PAUSE_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class _Container:
+    """What has the name of an engine's container; `instance` is None if it isn't ours."""
+
+    id: str
+    instance: Instance | None
+
+
+class DockerBackend:
+    """Runs a container `engine-<id>` with a volume `engine-data-<id>` for every engine.
+
+    Docker may do what it was asked although the answer was lost; the name is then taken. So every
+    change begins with a look at what there is, and a conflict leads to another look.
+
+    Images are never pulled: what may run is what is there.
+
+    Args:
+        installation: label of what is ours; nothing else is touched.
+        network: bridge network of all engines.
+        catalog_mount: directory on the host that engines find, read-only, at `/catalog`.
+        threads: calls at the same time.
+        timeout_s: seconds for one call.
+        memory_bytes: memory of an engine, swap included.
+        cpus: processors of an engine.
+        pids: processes and threads of an engine.
+        base_url: address of the daemon; None for that of the environment.
+    """
+
+    def __init__(
+        self,
+        installation: str,
+        network: str,
+        catalog_mount: Path | None = None,
+        *,
+        threads: int = 8,
+        timeout_s: float = 30.0,
+        memory_bytes: int = 512 * 1024 * 1024,
+        cpus: float = 1.0,
+        pids: int = 256,
+        base_url: str | None = None,
+    ) -> None:
+        self._installation = installation
+        self._network = network
+        self._template = EngineTemplate(installation, network, catalog_mount, memory_bytes, cpus, pids)
+        self._timeout_s = timeout_s
+        self._base_url = base_url
+        self._client: APIClient | None = None
+        self._threads = BackendThreads(threads, timeout_s)
+
+    async def open(self) -> None:
+        await self._run(self._open)
+
+    async def close(self) -> None:
+        self._threads.close()
+        if self._client is not None:
+            self._client.close()
+
+    async def create(self, spec: EngineSpec) -> None:
+        await self._run(lambda: self._create(spec), spec.engine_id)
+
+    async def start(self, spec: EngineSpec) -> None:
+        await self._run(lambda: self._start(spec), spec.engine_id)
+
+    async def inspect(self, engine_id: UUID) -> Instance | None:
+        found = await self._run(lambda: self._look(engine_id), engine_id)
+        return found.instance if found else None
+
+    async def stop(self, engine_id: UUID, *, grace_s: float) -> None:
+        await self._run(lambda: self._signal(engine_id, "SIGTERM"), engine_id)
+        await await_exit(self.inspect, engine_id, grace_s=grace_s)
+        await self._run(lambda: self._signal(engine_id, "SIGKILL"), engine_id)
+
+    async def remove(self, engine_id: UUID, *, volume: bool) -> None:
+        await self._run(lambda: self._remove(engine_id, volume=volume), engine_id)
+
+    async def _run(self, call: Callable[[], T], engine_id: UUID | None = None) -> T:
+        return await self._threads.run(translated()(call), engine_id)
+
+    @property
+    def _api(self) -> APIClient:
+        if self._client is None:
+            raise Unavailable("the container service can't be reached")
+        return self._client
+
+    def _open(self) -> None:
+        environment = kwargs_from_env()
+        self._client = APIClient(
+            self._base_url or environment.get("base_url"),
+            timeout=self._timeout_s,  # type: ignore[arg-type]  # of each read and write on the socket
+            tls=environment.get("tls", False),
+        )
+        try:
+            self._api.inspect_network(self._network)
+        except NotFound:
+            with conflict_is_fine():
+                self._api.create_network(
+                    self._network,
+                    driver="bridge",
+                    check_duplicate=True,
+                    labels={INSTALLATION_LABEL: self._installation},
+                )
+
+    def _create(self, spec: EngineSpec) -> None:
+        if self._volume_owner(spec.engine_id) not in (None, self._installation):
+            raise BackendError("the engine's volume belongs to another installation")
+        deadline = time.monotonic() + self._timeout_s
+        while not self._make_container(spec):
+            if time.monotonic() > deadline:
+                raise Unavailable("the engine is busy with another operation")
+            time.sleep(_PAUSE_S)
+
+    def _make_container(self, spec: EngineSpec) -> bool:
+        """False if another call got ahead with the name: look again."""
+        found = self._look(spec.engine_id)
+        if found is not None:
+            if found.instance is None:
+                raise BackendError("the engine's name belongs to another installation")
+            if found.instance.generation == spec.generation:
+                return True
+            refuse_older(spec, found.instance.generation)
+            self._remove_container(found.id)
+        try:
+            self._api.create_container(**self._template.options(self._api, spec))
+        except NotFound as exc:
+            raise BackendError(f"image {spec.image!r} is not available") from exc
+        except APIError as exc:
+            if not is_conflict(exc):
+                raise
+            return False
+        return True
+
+    def _start(self, spec: EngineSpec) -> None:
+        found = self._look(spec.engine_id)
+        if found is None or found.instance is None or found.instance.generation < spec.generation:
+            raise Unavailable("the engine's instance is gone")
+        refuse_older(spec, found.instance.generation)
+        if found.instance.state is InstanceState.FROZEN:
+            self._thaw(found.id)
+        elif found.instance.state is not InstanceState.RUNNING:
+            try:
+                self._api.start(found.id)
+            except APIError as exc:
+                if is_port_refused(exc):
+                    self._remove_container(found.id)
+                    raise PortTaken from exc
+                raise
+
+    def _signal(self, engine_id: UUID, signal: str) -> None:
+        found = self._look(engine_id)
+        if found is None or found.instance is None:
+            return
+        if found.instance.state in (InstanceState.RUNNING, InstanceState.FROZEN):
+            with conflict_is_fine():  # It has ended meanwhile.
+                self._api.kill(found.id, signal)
+            if found.instance.state is InstanceState.FROZEN:
+                self._thaw(found.id)
+
+    def _thaw(self, container_id: str) -> None:
+        try:
+            self._api.unpause(container_id)
+        except APIError as exc:
+            if not is_not_paused(exc):
+                raise
+
+    def _remove(self, engine_id: UUID, *, volume: bool) -> None:
+        found = self._look(engine_id)
+        if found is not None and found.instance is not None:
+            self._remove_container(found.id)
+        if volume and self._volume_owner(engine_id) == self._installation:
+            self._until_gone(lambda: self._api.remove_volume(volume_name(engine_id)))
+
+    def _remove_container(self, container_id: str) -> None:
+        # `v` means the nameless volumes that an image may declare; the engine's has a name and is kept.
+        self._until_gone(lambda: self._api.remove_container(container_id, force=True, v=True))
+
+    def _until_gone(self, remove: Callable[[], object]) -> None:
+        """Repeats `remove` while Docker says that another removal or use isn't over yet."""
+        deadline = time.monotonic() + self._timeout_s
+        while True:
+            try:
+                remove()
+                return
+            except NotFound:
+                return
+            except APIError as exc:
+                if not is_conflict(exc) or time.monotonic() > deadline:
+                    raise
+            time.sleep(_PAUSE_S)
+
+    def _look(self, engine_id: UUID) -> _Container | None:
+        try:
+            found = self._api.inspect_container(container_name(engine_id))
+        except NotFound:
+            return None
+        return _Container(found["Id"], self._template.instance(found["Config"]["Labels"], found["State"]["Status"]))
+
+    def _volume_owner(self, engine_id: UUID) -> str | None:
+        """Installation of the engine's volume, empty if it has no label; None if there is no volume."""
+        try:
+            labels = self._api.inspect_volume(volume_name(engine_id))["Labels"]
+        except NotFound:
+            return None
+        return str((labels or {}).get(INSTALLATION_LABEL, ""))
+
+    def _list(self) -> list[Instance]:
+        # One call for all: nothing can vanish between a list and a look at each.
+        containers = self._api.containers(all=True, filters={"label": f"{INSTALLATION_LABEL}={self._installation}"})
+        return [found for one in containers if (found := self._template.instance(one["Labels"], one["State"]))]
+
+    async def list(self) -> list[Instance]:
+        return await self._run(self._list)

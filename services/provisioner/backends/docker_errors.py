@@ -1,0 +1,50 @@
+"""What Docker's errors mean."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from docker.errors import APIError, DockerException
+from requests import RequestException
+
+from services.shared.errors import BackendError, Unavailable
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Turns Docker's errors into the callers'; what Docker said stays in the cause, for the log."""
+    try:
+        yield
+    except APIError as exc:
+        # 404 and 409: something changed under the call, and a repeated one will see it.
+        if exc.status_code in (404, 409, 503):
+            raise Unavailable("the engine is busy with another operation") from exc
+        raise BackendError("the container service refused the engine") from exc
+    except (DockerException, RequestException) as exc:
+        raise Unavailable("the container service can't be reached") from exc
+
+
+@contextmanager
+def conflict_is_fine() -> Iterator[None]:
+    """For a call towards a state that may be reached already."""
+    try:
+        yield
+    except APIError as exc:
+        if not is_conflict(exc):
+            raise
+
+
+def is_conflict(error: APIError) -> bool:
+    return error.status_code == 409
+
+
+def is_port_refused(error: APIError) -> bool:
+    """Docker has no code for it: only the text says whether a container or a process has the port."""
+    return _says(error, "port is already allocated") or _says(error, "address already in use")
+
+
+def is_not_paused(error: APIError) -> bool:
+    return _says(error, "is not paused")
+
+
+def _says(error: APIError, text: str) -> bool:
+    return text in str(error.explanation).lower()

@@ -1,0 +1,1 @@
+"""Engines that misbehave, each a module for the process backend to run."""
