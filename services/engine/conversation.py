@@ -15,6 +15,7 @@ LOCK_TIMEOUT_S = 2.0
 RECALL_CHARACTERS = 200
 
 SCHEMA = """
+BEGIN IMMEDIATE;
 CREATE TABLE IF NOT EXISTS messages (
     conversation_id TEXT NOT NULL,
     turn INTEGER NOT NULL,
@@ -24,6 +25,7 @@ CREATE TABLE IF NOT EXISTS messages (
 );
 CREATE TABLE IF NOT EXISTS write_check (id INTEGER PRIMARY KEY CHECK (id = 1), checks INTEGER NOT NULL);
 INSERT OR IGNORE INTO write_check VALUES (1, 0);
+COMMIT;
 """
 
 
@@ -35,7 +37,7 @@ class Turn(NamedTuple):
     messages: int
 
 
-class DatabaseUnavailable(Exception):  # noqa: N818 - a condition of the disk, not a failure of ours
+class DatabaseUnavailable(Exception):
     """SQLite can't be read or written."""
 
 

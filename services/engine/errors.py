@@ -1,7 +1,5 @@
 """The errors that callers see: `{"error":{"code":"…","message":"…"}}` with an HTTP status."""
 
-# ruff: noqa: N818 - named after their codes
-
 from typing import ClassVar
 
 
