@@ -11,7 +11,7 @@ from services.shared.keys import is_fernet_key
 
 PREFIX = "ORCH_"
 
-S = TypeVar("S", bound="CommonSettings")
+S = TypeVar("S", bound=BaseSettings)
 
 
 def _fernet_keys(value: SecretStr) -> SecretStr:
@@ -20,18 +20,23 @@ def _fernet_keys(value: SecretStr) -> SecretStr:
     return value
 
 
-class CommonSettings(BaseSettings):
-    """Settings of every service."""
+class StorageSettings(BaseSettings):
+    """Where the platform keeps what outlives its processes."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True, hide_input_in_errors=True)
 
     database_url: str | None = Field(
         None, description="PostgreSQL that holds the registry; without it an embedded one, its data under ORCH_VAR_DIR."
     )
+    var_dir: Path = Field(Path("var"), description="Directory of what outlives the processes.")
+
+
+class CommonSettings(StorageSettings):
+    """Settings of every service."""
+
     master_key: Annotated[SecretStr, AfterValidator(_fernet_keys)] = Field(
         description="Fernet keys for engine keys, separated by commas: the first encrypts, all decrypt."
     )
-    var_dir: Path = Field(Path("var"), description="Directory of what outlives the processes.")
     boot_timeout_s: float = Field(60, gt=0, le=3600, description="How long an engine may take to become healthy.")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Lowest level that is logged.")
 
