@@ -20,6 +20,8 @@ import psycopg
 from cryptography.fernet import Fernet
 from google.protobuf.json_format import ParseDict
 from google.protobuf.struct_pb2 import Struct
+from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
+from grpc_status import rpc_status
 
 from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceStub
 from september.provisioner.v1 import product_service_pb2 as product_pb
@@ -130,7 +132,7 @@ class Platform:
     def query(self, sql: str, *parameters: Any) -> list[tuple[Any, ...]]:
         with psycopg.connect(self.database_url, autocommit=True) as connection:
             cursor = connection.execute(sql.encode(), parameters)
-            return cursor.fetchall() if cursor.description else []
+            return cursor.fetchall() if cursor.description is not None else []
 
     def installation(self) -> str:
         return str(self.query("SELECT installation_id FROM installation")[0][0])
@@ -214,6 +216,25 @@ class Clients:
     async def close(self) -> None:
         for channel in self._channels:
             await channel.close()
+
+
+def reason(error: grpc.aio.AioRpcError) -> str:
+    """The error's code in the error table."""
+    info = ErrorInfo()
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    assert status is not None
+    status.details[0].Unpack(info)
+    assert info.domain == "platform.september"
+    return info.reason
+
+
+def retry_after_s(error: grpc.aio.AioRpcError) -> float:
+    """When the error says to come back."""
+    retry = RetryInfo()
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    assert status is not None
+    assert status.details[1].Unpack(retry)
+    return retry.retry_delay.ToNanoseconds() / 1e9
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import structlog
-from september.admission.v1 import admission_service_pb2_grpc
 
+from september.admission.v1 import admission_service_pb2_grpc
 from services.admission.admit import Admission
 from services.admission.provisioner_client import ProvisionerClient
 from services.admission.ratelimit import SqlLimiter

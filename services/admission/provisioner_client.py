@@ -7,10 +7,10 @@ from uuid import UUID
 import grpc
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from grpc_status import rpc_status
+
 from september.engine.v1 import denial_pb2, engine_pb2
 from september.provisioner.v1.provisioner_service_pb2 import EnsureEngineRequest, EnsureEngineResponse
 from september.provisioner.v1.provisioner_service_pb2_grpc import ProvisionerServiceStub
-
 from services.admission.domain import DenialReason, Engine, EngineStatus
 from services.shared.errors import BootTimeout, RemoteError, ServiceError, Unavailable
 from services.shared.grpc_server import ERROR_DOMAIN

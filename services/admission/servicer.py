@@ -5,10 +5,10 @@ from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc.aio import ServicerContext
+
 from september.admission.v1 import admission_service_pb2 as pb
 from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceServicer
 from september.engine.v1 import denial_pb2, engine_pb2
-
 from services.admission.admit import Admission
 from services.admission.domain import Admitted, Engine
 from services.shared.grpc_server import metadata_values

@@ -7,8 +7,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from uuid import UUID, uuid4
 
 import structlog
-from september.provisioner.v1 import product_service_pb2_grpc, provisioner_service_pb2_grpc
 
+from september.provisioner.v1 import product_service_pb2_grpc, provisioner_service_pb2_grpc
 from services.provisioner.backends.base import Backend, InstanceState
 from services.provisioner.backends.docker import DockerBackend
 from services.provisioner.backends.process import ProcessBackend

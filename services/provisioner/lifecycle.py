@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 
 from services.provisioner.domain.engine import DenialReason, Engine
 from services.provisioner.domain.intent import Newborn, Pending
-from services.provisioner.domain.operation import Settled
+from services.provisioner.domain.operation import Outcome, Settled
 from services.provisioner.domain.policy import check_image
 from services.provisioner.domain.product import Product
 from services.shared.errors import BootTimeout, EngineNotFound, Unavailable
@@ -75,9 +75,9 @@ class Lifecycle:
         pending = await self._written(
             self._intents.provision(product.product_id, user_id, self._newborn(image), _actor(product))
         )
-        await self._booted(pending, self._boot_deadline())
+        outcome = await self._booted(pending, self._boot_deadline())
         engine = await self._intents.engine_of_user(product.product_id, user_id)
-        if engine is None or engine.engine_id != pending.engine_id:
+        if outcome is not Outcome.SUCCEEDED or engine is None or engine.engine_id != pending.engine_id:
             raise Unavailable("user_id: the engine was destroyed while it booted")
         return engine
 
@@ -133,7 +133,7 @@ class Lifecycle:
     def _boot_deadline(self) -> float:
         return time.monotonic() + self._boot_timeout_s + _UNDO_S
 
-    async def _booted(self, pending: Pending, deadline: float) -> None:
+    async def _booted(self, pending: Pending, deadline: float) -> Outcome | None:
         """Waits for the operation's end and raises what it failed with."""
         try:
             settled = await self._watch.wait(pending.operation_id, deadline - time.monotonic())
@@ -142,6 +142,7 @@ class Lifecycle:
         failure = settled.failure()
         if failure is not None:
             raise failure
+        return settled.outcome
 
     async def _written(self, intent: Coroutine[Any, Any, _T]) -> _T:
         """Runs the intent to its end even if the caller goes away meanwhile."""

@@ -13,8 +13,8 @@ from google.protobuf.message import DecodeError
 from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
 from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from september.errors.v1 import errors_pb2
 
+from september.errors.v1 import errors_pb2
 from services.shared.errors import InvalidRequest, ServiceError
 
 ERROR_DOMAIN = "platform.september"

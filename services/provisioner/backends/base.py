@@ -44,7 +44,7 @@ class Instance:
     state: InstanceState
 
 
-class PortTaken(Exception):  # noqa: N818 - a condition to act on, not a failure to report
+class PortTaken(Exception):
     """The host refuses the spec's port; another one may do."""
 
 

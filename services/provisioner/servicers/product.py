@@ -4,10 +4,10 @@ from typing import Any
 
 from google.protobuf.json_format import MessageToDict
 from grpc.aio import ServicerContext
+
 from september.provisioner.v1 import product_pb2
 from september.provisioner.v1 import product_service_pb2 as pb
 from september.provisioner.v1.product_service_pb2_grpc import ProductServiceServicer
-
 from services.provisioner.products import Products
 
 

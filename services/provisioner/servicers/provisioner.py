@@ -4,10 +4,10 @@ from typing import Any
 
 from google.protobuf.timestamp_pb2 import Timestamp
 from grpc.aio import ServicerContext
+
 from september.engine.v1 import denial_pb2, engine_pb2
 from september.provisioner.v1 import provisioner_service_pb2 as pb
 from september.provisioner.v1.provisioner_service_pb2_grpc import ProvisionerServiceServicer
-
 from services.provisioner.domain.engine import DenialReason, Engine
 from services.provisioner.lifecycle import Lifecycle
 from services.provisioner.servicers.authorization import calling_product
