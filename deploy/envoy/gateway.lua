@@ -1,0 +1,143 @@
+-- Runs on every call, outside of the JSON transcoder: requests come here before it, answers after it.
+-- HTTP_STATUS, the error table, comes from errors.lua.
+
+-- What reaches the services. A `grpc-timeout` or a `…-bin` header of a REST caller would be taken for
+-- gRPC's own, and a service would fail on it.
+local REQUEST_HEADERS = {
+  [":authority"] = true, [":method"] = true, [":path"] = true, [":scheme"] = true,
+  ["content-length"] = true, ["content-type"] = true,
+  -- Routing needs the scheme.
+  ["x-forwarded-proto"] = true,
+  ["x-admin-key"] = true, ["x-platform-key"] = true, ["x-request-id"] = true,
+}
+local GRPC_REQUEST_HEADERS = {
+  ["grpc-accept-encoding"] = true, ["grpc-encoding"] = true, ["grpc-timeout"] = true, ["te"] = true,
+  ["user-agent"] = true,
+}
+for name in pairs(REQUEST_HEADERS) do GRPC_REQUEST_HEADERS[name] = true end
+
+-- What a REST caller gets of an answer's headers. The x-request-id is put on later.
+local RESPONSE_HEADERS = {
+  [":status"] = true, ["content-length"] = true, ["content-type"] = true, ["retry-after"] = true,
+}
+
+-- gRPC codes of errors without our ErrorInfo. gRPC itself made them, so they may share the number of a
+-- documented code but never its meaning.
+local TRANSIENT = {
+  ["1"] = true,  -- CANCELLED: the server is shutting down
+  ["4"] = true,  -- DEADLINE_EXCEEDED
+  ["8"] = true,  -- RESOURCE_EXHAUSTED: too many calls at once
+  ["14"] = true, -- UNAVAILABLE
+}
+
+local ERROR_INFO = '{"@type":"type.googleapis.com/google.rpc.ErrorInfo","reason":"'
+local RETRY_INFO = '{"@type":"type.googleapis.com/google.rpc.RetryInfo","retry_delay":"'
+
+local function keep(headers, names)
+  local others = {}
+  for name in pairs(headers) do
+    if not names[name] then others[#others + 1] = name end
+  end
+  for _, name in ipairs(others) do headers:remove(name) end
+end
+
+local function is_grpc(headers)
+  local content_type = headers:get("content-type")
+  return content_type ~= nil and content_type:sub(1, 16) == "application/grpc"
+end
+
+-- The JSON string that begins at `from`, without its quotes and still escaped.
+local function json_string(text, from)
+  local at = from
+  while true do
+    at = text:find('["\\]', at)
+    if text:sub(at, at) == '"' then return text:sub(from, at - 1) end
+    at = at + 2
+  end
+end
+
+-- Status, body and Retry-After of an error. `message` is escaped for JSON already.
+local function envelope(code, message, retry_after)
+  return HTTP_STATUS[code], '{"error":{"code":"' .. code .. '","message":"' .. message .. '"}}', retry_after
+end
+
+-- What the transcoder says of a request it cannot read, without the words of protobuf.
+local function invalid_request(complaint)
+  local unknown = complaint:match('^Could not find field "([%w_.]+)"')
+  if unknown then
+    return envelope("INVALID_REQUEST", "unknown query parameter " .. unknown)
+  end
+  local field = complaint:match("^([%w_.]+): invalid value")
+    or complaint:match("^: invalid value Starting an object on a scalar field for type ([%w_]+)$")
+    or complaint:match("of the field ([%w_.]+) is conflicting with the value")
+  if field then
+    return envelope("INVALID_REQUEST", field .. " has an invalid value")
+  end
+  return envelope("INVALID_REQUEST", "the body is not the JSON object that this call takes")
+end
+
+local function unnamed_error(grpc_code)
+  if TRANSIENT[grpc_code] then
+    return envelope("UNAVAILABLE", "the service is not available, try again", "1")
+  end
+  return envelope("INTERNAL", "internal error; the x-request-id of this answer leads to the log")
+end
+
+-- A google.rpc.Status in JSON, as the transcoder prints it. No quote inside of a JSON string is bare,
+-- so that nothing in a message can be taken for the ErrorInfo.
+local function service_error(status, grpc_code)
+  local _, info = status:find(ERROR_INFO, 1, true)
+  local code = info and status:match('^([A-Z_]+)","domain":"platform%.september"', info + 1)
+  if not HTTP_STATUS[code] then return unnamed_error(grpc_code) end
+  local _, retry = status:find(RETRY_INFO, 1, true)
+  local seconds = retry and status:match('^([%d.]+)s"', retry + 1)
+  local _, message = status:find('"message":"', 1, true)
+  return envelope(code, json_string(status, message + 1),
+    seconds and string.format("%d", math.max(1, math.ceil(tonumber(seconds)))))
+end
+
+-- Status, body and Retry-After that replace those of a REST answer, or nil for those that are right.
+local function rewrite(status, content_type, body, grpc_status)
+  if status == "200" and content_type == "application/json" and body ~= "" then
+    -- REST says `"engine":null`, which protobuf leaves out.
+    if body:sub(1, 18) == '{"admitted":false,' then
+      return status, '{"admitted":false,"engine":null,' .. body:sub(19)
+    end
+    -- REST answers with the engine itself; the transcoder has no `response_body`.
+    if body:sub(1, 10) == '{"engine":' then return status, body:sub(11, -2) end
+    return nil
+  end
+  -- local_reply_config wrote it.
+  if body:sub(1, 10) == '{"error":{' then return nil end
+  if status == "400" and content_type == "text/plain" then return invalid_request(body) end
+  return service_error(body, body:match('^{"code":(%d+)') or grpc_status)
+end
+
+function envoy_on_request(handle)
+  local headers = handle:headers()
+  keep(headers, is_grpc(headers) and GRPC_REQUEST_HEADERS or REQUEST_HEADERS)
+end
+
+function envoy_on_response(handle)
+  if is_grpc(handle:headers()) then
+    -- Envoy says UNKNOWN; the servers say RESOURCE_EXHAUSTED when they are called without a gateway.
+    if handle:headers():get("grpc-message") == "the message is over 64 KiB" then
+      handle:headers():replace("grpc-status", "8")
+    end
+    return
+  end
+  local buffer = handle:body(true)
+  local headers = handle:headers() -- what was fetched before the wait for the body is void
+  local body = buffer:getBytes(0, buffer:length())
+  local status, rewritten, retry_after =
+    rewrite(headers:get(":status"), headers:get("content-type"), body, headers:get("grpc-status"))
+  keep(headers, RESPONSE_HEADERS)
+  if status then
+    headers:replace(":status", status)
+    headers:replace("content-type", "application/json")
+    buffer:setBytes(rewritten)
+    if retry_after then headers:replace("retry-after", retry_after) end
+  end
+  local trailers = handle:trailers()
+  if trailers then keep(trailers, {}) end
+end
