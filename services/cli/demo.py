@@ -1,0 +1,56 @@
+"""The product that `up` registers for those who want to try the platform."""
+
+import secrets
+
+from services.cli import rest
+from services.cli.failure import Failure
+from services.cli.var_directory import VarDirectory
+
+_SLUG = "demo"
+_POLICY = {"max_engines": 100, "rate_limit_rpm": 6000}
+_SECRET = "demo_platform_key"  # noqa: S105 - the name of a file
+
+
+def platform_key(gateway: str, admin_key: str, var: VarDirectory) -> str:
+    """The demo product's key: from an earlier run, or of a product registered now.
+
+    Goes through the gateway, and so shows that the parts work together. Blocks.
+
+    Args:
+        gateway: its `host:port`.
+        admin_key: registers products.
+        var: keeps the key.
+
+    Raises:
+        Failure: the platform refuses.
+    """
+
+    def register() -> str:
+        try:
+            return _register(gateway, admin_key, _SLUG)
+        except _SlugExists:
+            # Its key is lost: kept only as a hash there, and not here.
+            return _register(gateway, admin_key, f"{_SLUG}-{secrets.token_hex(4)}")
+
+    key = var.secret(_SECRET, register)
+    status, _ = rest.call(gateway, "POST", "/engines/nobody/admit", {"X-Platform-Key": key})
+    if status == 401:
+        # Of a registry that is no more.
+        var.forget(_SECRET)
+        return var.secret(_SECRET, register)
+    return key
+
+
+class _SlugExists(Exception):
+    pass
+
+
+def _register(gateway: str, admin_key: str, slug: str) -> str:
+    status, answer = rest.call(
+        gateway, "POST", "/products/register", {"X-Admin-Key": admin_key}, {"slug": slug, "policy": _POLICY}
+    )
+    if status == 409:
+        raise _SlugExists
+    if status != 200:
+        raise Failure(f"the demo product was refused: {answer['error']['message']}")
+    return str(answer["platform_api_key"])

@@ -1,0 +1,66 @@
+"""One process of the platform, as `up` runs it."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NoReturn
+
+from services.cli.failure import Failure
+
+_LAST_LINES = 20
+
+
+class Part:
+    """A child in a session of its own, so that Ctrl-C reaches only its parent. Made by `start`."""
+
+    def __init__(self, name: str, log: Path, process: asyncio.subprocess.Process) -> None:
+        self.name = name
+        self._log = log
+        self._process = process
+
+    @classmethod
+    async def start(cls, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> "Part":
+        """Runs `command`, its output into `log`; it ends with this process. Call it from the main thread."""
+        with log.open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "services.cli.child", str(os.getpid()), *command,
+                env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            )  # fmt: skip
+        return cls(name, log, process)
+
+    async def watch(self) -> NoReturn:
+        """Raises `Failure` when it ends."""
+        code = await self._process.wait()
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+        raise self.failure(how)
+
+    async def healthy(self, answer: Awaitable[None], timeout_s: float) -> None:
+        """Waits for `answer`, its first sign of health.
+
+        Raises:
+            Failure: there is none within `timeout_s` seconds.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await answer
+        except TimeoutError:
+            raise self.failure(f"is not healthy after {timeout_s:g} s") from None
+
+    async def stop(self, grace_s: float) -> None:
+        """SIGTERM, and SIGKILL after `grace_s` seconds; returns when it has ended."""
+        with suppress(ProcessLookupError):
+            self._process.terminate()
+        try:
+            async with asyncio.timeout(grace_s):
+                await self._process.wait()
+        except TimeoutError:
+            self._process.kill()
+            await self._process.wait()
+
+    def failure(self, how: str) -> Failure:
+        lines = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+        return Failure("\n  ".join([f"{self.name} {how}; the end of {self._log}:", *(lines or ["(empty)"])]))
