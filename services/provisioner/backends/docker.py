@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
@@ -13,7 +14,6 @@ from docker.utils import kwargs_from_env
 
 from services.provisioner.backends.base import EngineSpec, Instance, InstanceState, PortTaken
 from services.provisioner.backends.docker_errors import (
-    conflict_is_fine,
     is_conflict,
     is_not_paused,
     is_port_refused,
@@ -125,16 +125,31 @@ class DockerBackend:
             timeout=self._timeout_s,  # type: ignore[arg-type]  # of each read and write on the socket
             tls=environment.get("tls", False),
         )
-        try:
-            self._api.inspect_network(self._network)
-        except NotFound:
-            with conflict_is_fine():
+        self._make_network()
+
+    def _make_network(self) -> None:
+        """Docker lets two of one name be made at once, and then serves neither; the bridge's name is unique."""
+        bridge = f"br-{sha256(self._network.encode()).hexdigest()[:12]}"
+        deadline = time.monotonic() + self._timeout_s
+        while not self._has_network():
+            try:
                 self._api.create_network(
                     self._network,
                     driver="bridge",
-                    check_duplicate=True,
+                    options={"com.docker.network.bridge.name": bridge},
                     labels={INSTALLATION_LABEL: self._installation},
                 )
+            except APIError as exc:
+                if not is_conflict(exc) or time.monotonic() > deadline:
+                    raise
+                time.sleep(_PAUSE_S)
+
+    def _has_network(self) -> bool:
+        try:
+            self._api.inspect_network(self._network)
+        except NotFound:
+            return False
+        return True
 
     def _create(self, spec: EngineSpec) -> None:
         if self._volume_owner(spec.engine_id) not in (None, self._installation):
@@ -186,8 +201,11 @@ class DockerBackend:
         if found is None or found.instance is None:
             return
         if found.instance.state in (InstanceState.RUNNING, InstanceState.FROZEN):
-            with conflict_is_fine():  # It has ended meanwhile.
+            try:
                 self._api.kill(found.id, signal)
+            except APIError as exc:
+                if not is_conflict(exc):  # It has not ended meanwhile.
+                    raise
             if found.instance.state is InstanceState.FROZEN:
                 self._thaw(found.id)
 

@@ -15,26 +15,17 @@ def translated() -> Iterator[None]:
     try:
         yield
     except APIError as exc:
-        # 404 and 409: something changed under the call, and a repeated one will see it.
-        if exc.status_code in (404, 409, 503):
+        # 404 and conflicts: something changed under the call, and a repeated one will see it.
+        if is_conflict(exc) or exc.status_code in (404, 503):
             raise Unavailable("the engine is busy with another operation") from exc
         raise BackendError("the container service refused the engine") from exc
     except (DockerException, RequestException) as exc:
         raise Unavailable("the container service can't be reached") from exc
 
 
-@contextmanager
-def conflict_is_fine() -> Iterator[None]:
-    """For a call towards a state that may be reached already."""
-    try:
-        yield
-    except APIError as exc:
-        if not is_conflict(exc):
-            raise
-
-
 def is_conflict(error: APIError) -> bool:
-    return error.status_code == 409
+    """Another call got ahead; 403 is what a network says whose bridge there is already."""
+    return error.status_code in (403, 409)
 
 
 def is_port_refused(error: APIError) -> bool:

@@ -1,0 +1,88 @@
+"""The real Docker daemon, for tests.
+
+Without a daemon the tests are skipped, or fail if `REQUIRE_DOCKER=1` is set.
+"""
+
+import io
+import json
+import os
+import shutil
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NoReturn
+from uuid import uuid4
+
+import pytest
+from docker import APIClient
+from docker.errors import DockerException
+from docker.utils import kwargs_from_env
+
+_HTTPD = "/bin/busybox httpd -f -p 8000 -h /www"
+
+
+@dataclass(frozen=True)
+class BusyboxImages:
+    """Images that answer `GET /health` with `{"status":"ok"}` a few milliseconds after the start.
+
+    They declare a volume of their own, as images may.
+
+    Args:
+        engine: ends on SIGTERM.
+        deaf: doesn't.
+    """
+
+    engine: str
+    deaf: str
+
+
+@pytest.fixture(scope="session")
+def docker_api() -> Iterator[APIClient]:
+    """A client of the tests' own."""
+    environment = kwargs_from_env()
+    try:
+        api = APIClient(environment.get("base_url"), tls=environment.get("tls", False), timeout=60)
+    except DockerException as exc:
+        _missing(f"no Docker daemon: {exc}")
+    yield api
+    api.close()
+
+
+@pytest.fixture(scope="session")
+def busybox_images(docker_api: APIClient) -> Iterator[BusyboxImages]:
+    """Made from the static busybox of this machine, so that nothing is pulled."""
+    busybox = shutil.which("busybox")
+    if busybox is None:
+        _missing("no busybox: install the package busybox-static")
+    repository = f"september-test-{uuid4().hex}"
+    root = _root(busybox)
+    # In a container it is process 1, for which only a trap makes SIGTERM do anything.
+    commands = {"engine": f"trap 'exit 0' TERM; {_HTTPD} & wait", "deaf": f"{_HTTPD} & wait"}
+    for tag, command in commands.items():
+        changes = [f"CMD {json.dumps(['/bin/busybox', 'sh', '-c', command])}", "VOLUME /cache"]
+        docker_api.import_image_from_data(root, repository=repository, tag=tag, changes=changes)
+    yield BusyboxImages(f"{repository}:engine", f"{repository}:deaf")
+    for tag in commands:
+        docker_api.remove_image(f"{repository}:{tag}", force=True)
+
+
+def _missing(what: str) -> NoReturn:
+    if os.environ.get("REQUIRE_DOCKER") == "1":
+        pytest.fail(what)
+    pytest.skip(what)
+
+
+def _root(busybox: str) -> bytes:
+    """Root file system: busybox, a page, and a `/data` that belongs to the user of engines."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        tar.add(os.path.realpath(busybox), "bin/busybox")
+        for name, owner in (("data", 10001), ("tmp", 0), ("www", 0)):
+            directory = tarfile.TarInfo(name)
+            directory.type, directory.mode, directory.uid, directory.gid = tarfile.DIRTYPE, 0o755, owner, owner
+            tar.addfile(directory)
+        page = b'{"status":"ok"}'
+        health = tarfile.TarInfo("www/health")
+        health.size, health.mode = len(page), 0o644
+        tar.addfile(health, io.BytesIO(page))
+    return buffer.getvalue()
