@@ -1,0 +1,66 @@
+# The interpreter that .venv is made with: 3.11 or later.
+PYTHON ?= python3
+# What runs engines: `docker`, or `process`, which `september up` takes if nothing is said.
+BACKEND ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+ENGINE_IMAGE := september-engine:dev
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help run test lint types breaking gen engine-image clean
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: $(VENV)/.runtime ## Run the platform on this machine until Ctrl-C; BACKEND=docker for engines in containers.
+	@test "$(BACKEND)" != docker || docker image inspect $(ENGINE_IMAGE) >/dev/null 2>&1 || deploy/docker/make-engine-image $(ENGINE_IMAGE)
+	@exec $(BIN)/september up $(if $(BACKEND),--backend $(BACKEND))
+
+test: $(VENV)/.dev ## Run all tests that this machine can; REQUIRE_DOCKER=1 allows none to be skipped for want of Docker.
+	@if docker info >/dev/null 2>&1; then deploy/docker/make-engine-image $(ENGINE_IMAGE); \
+	elif [ "$$REQUIRE_DOCKER" = 1 ]; then echo "no Docker daemon answers" >&2; exit 1; \
+	else echo "no Docker daemon answers: the tests that need one are skipped"; fi
+	$(BIN)/pytest
+
+lint: build/googleapis ## Check style and format, of the protos too.
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/buf lint
+
+types: $(VENV)/.dev ## Check types.
+	$(BIN)/mypy
+
+breaking: build/googleapis ## Check that the protos break no caller.
+	PATH="$(CURDIR)/$(BIN):$$PATH" tools/buf-breaking
+
+gen: $(VENV)/.dev ## Make again all that is generated from the protos.
+	$(BIN)/python -m tools.generate
+
+engine-image: ## Build the image of the reference engine.
+	deploy/docker/make-engine-image $(ENGINE_IMAGE)
+
+clean: ## Remove all that was installed or made, except the data in var.
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find services tests tools gen -name __pycache__ -prune -exec rm -rf {} +
+
+build/googleapis: $(VENV)/.dev
+	$(BIN)/python -c 'from tools.generate import copy_googleapis; copy_googleapis()'
+
+# $(call install,what): into .venv, with the versions that were tested.
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or later is needed; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@echo "Installing into $(VENV)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable $(1)
+endef
+
+$(VENV)/.runtime: pyproject.toml constraints.txt
+	$(call install,.)
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt
+	$(call install,'.[dev]')
+	@touch $@ $(VENV)/.runtime
