@@ -1,0 +1,220 @@
+"""The platform through the real gateway: what a product's developer does on the first day, and its races."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import aiohttp
+import grpc
+import pytest
+from yarl import URL
+
+from september.admission.v1 import admission_service_pb2 as pb
+from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceStub
+from september.engine.v1 import engine_pb2
+from tests.e2e.gateway_process import running_gateway
+from tests.harness import Clients, Platform, Product, Service
+
+Shared = tuple[Platform, list[Service]]
+
+
+class Rest:
+    """A product's HTTP client."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+        self._session = session
+        self.url = url
+
+    async def call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, **headers: str
+    ) -> tuple[int, dict[str, Any]]:
+        """Status and body of the answer, which is JSON whatever it is."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        async with self._session.request(method, URL(self.url + path, encoded=True), json=body, headers=named) as response:
+            assert response.content_type == "application/json"
+            return response.status, await response.json()
+
+    async def admit(self, product: Product, user_id: str, **flags: bool) -> tuple[int, dict[str, Any]]:
+        return await self.call("POST", f"/engines/{user_id}/admit", flags, x_platform_key=product.key)
+
+
+@pytest.fixture
+async def gateways(shared: Shared, tmp_path: Path) -> AsyncIterator[list[str]]:
+    """Two gateways, each before an Admission of its own."""
+    _, (provisioner, *admissions) = shared
+    directories = [tmp_path / "0", tmp_path / "1"]
+    for directory in directories:
+        directory.mkdir()
+    async with (
+        running_gateway(directories[0], admissions[0].address, provisioner.address) as first,
+        running_gateway(directories[1], admissions[1].address, provisioner.address) as second,
+    ):
+        yield [first.address, second.address]
+
+
+@pytest.fixture
+async def rests(gateways: list[str]) -> AsyncIterator[list[Rest]]:
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+        yield [Rest(session, f"http://{address}") for address in gateways]
+
+
+@pytest.fixture
+def rest(rests: list[Rest]) -> Rest:
+    return rests[0]
+
+
+async def test_the_first_day_of_a_product(rest: Rest, shared: Shared) -> None:
+    slug = f"p{uuid4().hex[:20]}"
+    status, registered = await rest.call(
+        "POST",
+        "/products/register",
+        {"slug": slug, "policy": {"max_engines": 10, "rate_limit_rpm": 600}},
+        x_admin_key=shared[0].admin_key,
+    )
+    assert status == 200
+    assert list(registered) == ["product_id", "slug", "platform_api_key"]
+    product = Product(registered["product_id"], slug, registered["platform_api_key"])
+    key = {"x_platform_key": product.key}
+
+    assert await rest.call("POST", "/engines/ada/admit", **key) == (
+        200,
+        {"admitted": False, "engine": None, "reason": "engine_not_found"},
+    )
+    status, first = await rest.admit(product, "ada", auto_provision=True)
+    assert status == 200
+    assert first["admitted"] is True
+    assert "reason" not in first
+    engine = first["engine"]
+    assert list(engine) == [
+        "engine_id", "user_id", "status", "url", "api_key", "engine_version", "created_at", "last_health_at",
+    ]  # fmt: skip
+    assert (engine["user_id"], engine["status"]) == ("ada", "running")
+    assert engine["created_at"].endswith("Z")
+    assert await rest.call("GET", "/engines/ada", **key) == (200, engine)
+
+    async with aiohttp.ClientSession() as session:
+        turn = {"message": "hello"}
+        execute = f"{engine['url']}/execute"
+        async with session.post(execute, json=turn, headers={"X-Engine-Key": engine["api_key"]}) as answer:
+            assert answer.status == 200
+            assert answer.content_type == "text/event-stream"
+            assert b"event: done" in await answer.read()
+        async with session.post(execute, json=turn, headers={"X-Engine-Key": "sk-sept-other"}) as answer:
+            assert answer.status == 401
+
+    assert await rest.admit(product, "ada") == (200, first)
+    assert await rest.call("DELETE", "/engines/ada", **key) == (
+        200,
+        {"status": "destroyed", "engine_id": engine["engine_id"]},
+    )
+    status, gone = await rest.call("GET", "/engines/ada", **key)
+    assert (status, gone["error"]["code"]) == (404, "ENGINE_NOT_FOUND")
+
+
+async def test_an_engine_is_provisioned_by_request(rest: Rest, clients: Clients) -> None:
+    product = await clients.register()
+    status, made = await rest.call("POST", "/engines/provision", {"user_id": "a/b"}, x_platform_key=product.key)
+    assert status == 200
+    assert list(made) == ["engine_id", "user_id", "status", "url", "api_key"]
+    assert (made["user_id"], made["status"]) == ("a/b", "running")
+    status, got = await rest.call("GET", "/engines/a%2Fb", x_platform_key=product.key)
+    assert (status, got["engine_id"], got["user_id"]) == (200, made["engine_id"], "a/b")
+    denied = await rest.call("POST", "/engines/provision", {"user_id": "a/b"}, x_platform_key=product.key)
+    assert (denied[0], denied[1]["error"]["code"]) == (409, "ENGINE_ALREADY_EXISTS")
+
+
+async def test_health_needs_no_key(rest: Rest) -> None:
+    assert await rest.call("GET", "/health") == (200, {"status": "ok"})
+
+
+async def test_fifty_first_admits_over_rest_and_grpc_make_one_engine(
+    rests: list[Rest], clients: Clients, gateways: list[str], shared: Shared
+) -> None:
+    product = await clients.register()
+    channels = [grpc.aio.insecure_channel(address) for address in gateways]
+    stubs = [AdmissionServiceStub(channel) for channel in channels]
+
+    async def over_rest(index: int) -> tuple[str, str, str]:
+        status, answer = await rests[index % 2].admit(product, "u1", auto_provision=True)
+        assert status == 200, answer
+        return answer["engine"]["engine_id"], answer["engine"]["api_key"], answer["engine"]["status"]
+
+    async def over_grpc(index: int) -> tuple[str, str, str]:
+        request = pb.AdmitRequest(user_id="u1", auto_provision=True)
+        answer = await stubs[index % 2].Admit(request, metadata=product.metadata)
+        status = engine_pb2.Engine.Status.Name(answer.engine.status)
+        return answer.engine.engine_id, answer.engine.api_key, status
+
+    answers = await asyncio.gather(*(over_rest(i) for i in range(25)), *(over_grpc(i) for i in range(25)))
+    assert len(set(answers)) == 1
+    assert shared[0].query("SELECT count(*) FROM engines WHERE product_id = %s", product.product_id) == [(1,)]
+    for channel in channels:
+        await channel.close()
+
+
+async def test_users_over_the_quota_get_429(rests: list[Rest], clients: Clients) -> None:
+    product = await clients.register(max_engines=2)
+    answers = await asyncio.gather(*(rests[i % 2].admit(product, f"u{i}", auto_provision=True) for i in range(20)))
+    outcomes = Counter(status if status == 200 else (status, body["error"]["code"]) for status, body in answers)
+    assert outcomes == {200: 2, (429, "QUOTA_EXCEEDED"): 18}
+
+
+async def test_a_429_says_when_to_come_back(rest: Rest, clients: Clients, shared: Shared) -> None:
+    product = await clients.register(rate_limit_rpm=1)
+    await rest.admit(product, "u1")
+    async with aiohttp.ClientSession() as session:
+        headers = {"X-Platform-Key": product.key}
+        async with session.post(f"{rest.url}/engines/u1/admit", headers=headers) as answer:
+            assert answer.status == 429
+            retry_after_s = int(answer.headers["Retry-After"])
+            assert (await answer.json())["error"]["code"] == "RATE_LIMITED"
+    assert 55 <= retry_after_s <= 60
+    for table, column in (("rate_grants", "granted_at"), ("rate_limiters", "last_at")):
+        shared[0].query(
+            f"UPDATE {table} SET {column} = {column} - make_interval(secs => %s) WHERE product_id = %s",
+            retry_after_s,
+            product.product_id,
+        )
+    assert (await rest.admit(product, "u1"))[0] == 200
+
+
+@pytest.mark.parametrize("policy", [{"max_engines": 1, "rate_limit": 60}, {"max_engines": 1.5}, {"max_engines": "1"}])
+async def test_a_misspelt_or_mistyped_policy_is_refused_by_name(
+    rest: Rest, clients: Clients, shared: Shared, policy: dict[str, Any]
+) -> None:
+    admin = {"x_admin_key": shared[0].admin_key}
+    product = await clients.register()
+    named = next(name for name, value in policy.items() if (name, value) != ("max_engines", 1))
+    for method, path, body in (
+        ("POST", "/products/register", {"slug": f"p{uuid4().hex[:20]}", "policy": policy}),
+        ("PUT", f"/products/{product.product_id}/policy", policy),
+    ):
+        status, answer = await rest.call(method, path, body, **admin)
+        assert (status, answer["error"]["code"]) == (400, "INVALID_REQUEST")
+        assert answer["error"]["message"].startswith(f"policy.{named}: ")
+    status, answer = await rest.call("PUT", f"/products/{product.product_id}/policy", {"max_engines": 7}, **admin)
+    assert (status, answer["policy"]["max_engines"]) == (200, 7)
+    assert "rate_limit_rpm" not in answer["policy"]
+
+
+async def test_a_policy_as_deep_as_a_body_can_be_is_refused(rest: Rest, shared: Shared) -> None:
+    depth = 15_000
+    body = json.dumps({"slug": "deep"})[:-1] + ',"policy":' + '{"a":' * depth + "1" + "}" * depth + "}"
+    async with aiohttp.ClientSession() as session:
+        headers = {"X-Admin-Key": shared[0].admin_key, "Content-Type": "application/json"}
+        async with session.post(f"{rest.url}/products/register", data=body[:64_000], headers=headers) as answer:
+            assert answer.status == 400
+        assert (await rest.call("GET", "/health"))[0] == 200
+
+
+async def test_with_its_services_gone_the_gateway_says_when_to_try_again(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path, "127.0.0.1:1", "127.0.0.1:1") as gateway, aiohttp.ClientSession() as session:
+        for method, path in (("POST", "/engines/u1/admit"), ("DELETE", "/engines/u1"), ("GET", "/health")):
+            async with session.request(method, f"http://{gateway.address}{path}") as answer:
+                assert answer.status == 503
+                assert answer.headers["Retry-After"] == "1"
+                assert (await answer.json())["error"]["code"] == "UNAVAILABLE"
