@@ -1,0 +1,220 @@
+"""The platform with real containers: what the process backend is tested for, and the hardening."""
+
+import asyncio
+import json
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import grpc
+import pytest
+from docker import APIClient
+
+from september.admission.v1 import admission_service_pb2 as admission_pb
+from september.provisioner.v1 import provisioner_service_pb2 as pb
+from tests.harness import ROOT, Clients, Platform, Product, eventually, reason
+from tests.integration.docker_daemon import docker_api
+
+__all__ = ["docker_api"]
+
+Connect = Callable[..., Clients]
+IMAGE = "september-engine:dev"
+SILENT = "september-test-silent:dev"
+LABEL = "september.installation"
+
+
+class DockerPlatform(Platform):
+    """An installation whose engines are containers."""
+
+    api: APIClient
+
+    def filters(self) -> dict[str, str]:
+        return {"label": f"{LABEL}={self.installation()}"}
+
+    def counts(self) -> dict[str, int]:
+        containers = self.api.containers(all=True, filters=self.filters())
+        return {
+            "rows": self.query("SELECT count(*) FROM engines")[0][0],
+            "ports": self.query("SELECT count(*) FROM port_leases")[0][0],
+            "containers": len(containers),
+            "volumes": len(self.api.volumes(filters=self.filters())["Volumes"] or []),
+        }
+
+    def remove_all(self) -> None:
+        for container in self.api.containers(all=True, filters=self.filters()):
+            self.api.remove_container(container["Id"], force=True, v=True)
+        for volume in self.api.volumes(filters=self.filters())["Volumes"] or []:
+            self.api.remove_volume(volume["Name"])
+
+
+NOTHING = {"rows": 0, "ports": 0, "containers": 0, "volumes": 0}
+
+
+@pytest.fixture(scope="session")
+def images(docker_api: APIClient) -> Iterator[None]:
+    """The reference engine's image, and one that runs and never answers."""
+    subprocess.run([ROOT / "deploy" / "docker" / "make-engine-image", IMAGE], check=True, capture_output=True)
+    command = json.dumps(["python3", "-c", "import signal; signal.sigwait([signal.SIGTERM])"])
+    build = ["docker", "build", "-t", SILENT, "-"]
+    dockerfile = f"FROM {IMAGE}\nENTRYPOINT []\nCMD {command}\n"
+    subprocess.run(build, input=dockerfile.encode(), check=True, capture_output=True)
+    yield
+    docker_api.remove_image(SILENT, force=True)
+
+
+@pytest.fixture
+def platform(database_url: str, tmp_path: Path, docker_api: APIClient, images: None) -> Iterator[DockerPlatform]:
+    platform = DockerPlatform(
+        database_url,
+        tmp_path,
+        ORCH_ENGINE_BACKEND="docker",
+        ORCH_ENGINE_IMAGE=IMAGE,
+        ORCH_PORT_MIN="23000",
+        ORCH_PORT_MAX="23999",
+        ORCH_ENGINE_ENV_PASSTHROUGH="CANARY",
+        CANARY="passed-through",
+    )
+    platform.api = docker_api
+    try:
+        yield platform
+    finally:
+        platform.close()
+        with suppress(Exception):
+            platform.remove_all()
+
+
+def provision(
+    clients: Clients, product: Product, user_id: str = "u1", image: str = ""
+) -> "grpc.aio.UnaryUnaryCall[pb.ProvisionEngineRequest, pb.ProvisionEngineResponse]":
+    return clients.provisioner.ProvisionEngine(
+        pb.ProvisionEngineRequest(user_id=user_id, engine_version=image), metadata=product.metadata
+    )
+
+
+async def execute(url: str, key: str) -> int:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{url}/execute", json={"message": "hello"}, headers={"X-Engine-Key": key}) as answer,
+    ):
+        await answer.read()
+        return answer.status
+
+
+async def test_a_life_in_a_hardened_container(platform: DockerPlatform, connect: Connect) -> None:
+    provisioner = platform.provisioner()
+    clients = connect(platform, provisioner, platform.admission(provisioner))
+    product = await clients.register()
+    request = admission_pb.AdmitRequest(user_id="u1", auto_provision=True)
+    answers = await asyncio.gather(*(clients.admission.Admit(request, metadata=product.metadata) for _ in range(50)))
+    engine = answers[0].engine
+    assert all(answer.engine == engine for answer in answers)
+    assert platform.counts() == {"rows": 1, "ports": 1, "containers": 1, "volumes": 1}
+    assert await execute(engine.url, engine.api_key) == 200
+    assert await execute(engine.url, "sk-sept-other") == 401
+
+    inspected: dict[str, Any] = platform.api.inspect_container(f"engine-{engine.engine_id}")
+    host = inspected["HostConfig"]
+    assert host["CapDrop"] == ["ALL"]
+    assert not host["CapAdd"]
+    assert "no-new-privileges" in " ".join(host["SecurityOpt"])
+    assert host["ReadonlyRootfs"] is True
+    assert host["Privileged"] is False
+    assert host["PidsLimit"] > 0
+    assert 0 < host["Memory"] == host["MemorySwap"]
+    assert host["NanoCpus"] > 0
+    assert "/tmp" in host["Tmpfs"]
+    assert host["LogConfig"]["Type"] == "local"
+    assert host["LogConfig"]["Config"]["max-size"]
+    assert inspected["Config"]["User"] not in ("", "0", "root")
+    bindings = [b for ports in inspected["NetworkSettings"]["Ports"].values() for b in ports or []]
+    assert {binding["HostIp"] for binding in bindings} == {"127.0.0.1"}
+    assert "CANARY=passed-through" in inspected["Config"]["Env"]
+    shown = json.dumps(inspected)
+    for secret in (engine.api_key, product.key, platform.admin_key, platform.environment["ORCH_MASTER_KEY"]):
+        assert secret not in shown
+
+    await clients.provisioner.DestroyEngine(pb.DestroyEngineRequest(user_id="u1"), metadata=product.metadata)
+    assert platform.counts() == NOTHING
+
+
+async def test_ten_engines_for_forty_users_on_a_quota_of_ten(platform: DockerPlatform, connect: Connect) -> None:
+    clients = connect(platform, platform.provisioner())
+    product = await clients.register(max_engines=10)
+
+    async def outcome(index: int) -> str:
+        try:
+            await provision(clients, product, f"u{index}")
+        except grpc.aio.AioRpcError as error:
+            return reason(error)
+        return "made"
+
+    outcomes = Counter(await asyncio.gather(*(outcome(i) for i in range(40))))
+    assert outcomes == {"made": 10, "QUOTA_EXCEEDED": 30}
+    assert set(platform.counts().values()) == {10}
+
+
+async def test_full_ports_bad_images_and_silent_engines_leave_nothing_behind(
+    platform: DockerPlatform, connect: Connect
+) -> None:
+    ports = {"ORCH_PORT_MIN": "24000", "ORCH_PORT_MAX": "24002"}
+    clients = connect(platform, platform.provisioner(ORCH_BOOT_TIMEOUT_S="3", **ports))
+    product = await clients.register(allowed_images=["september-*"])
+    for image, code in (("september-engine:missing", "BACKEND_ERROR"), (SILENT, "BOOT_TIMEOUT")):
+        with pytest.raises(grpc.aio.AioRpcError) as error:
+            await provision(clients, product, image=image)
+        assert reason(error.value) == code
+        assert platform.counts() == NOTHING
+    for index in range(3):
+        await provision(clients, product, f"u{index}")
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await provision(clients, product, "u3")
+    assert reason(error.value) == "PORT_EXHAUSTION"
+    await clients.provisioner.DestroyEngine(pb.DestroyEngineRequest(user_id="u0"), metadata=product.metadata)
+    await provision(clients, product, "u3")
+    assert set(platform.counts().values()) == {3}
+
+
+@pytest.mark.parametrize("step", ["creating", "starting", "probing"])
+async def test_a_provisioner_killed_in_the_middle_of_a_boot_is_finished_by_the_next(
+    platform: DockerPlatform, connect: Connect, step: str
+) -> None:
+    lease = {"ORCH_OPERATION_LEASE_S": "1"}
+    first = platform.provisioner(**lease)
+    clients = connect(platform, first)
+    product = await clients.register()
+    task = asyncio.ensure_future(provision(clients, product))
+    await asyncio.to_thread(
+        eventually,
+        lambda: platform.query("SELECT 1 FROM operations WHERE step = %s OR finished_at IS NOT NULL", step),
+        f"the boot is {step}",
+    )
+    first.kill()
+    with suppress(grpc.aio.AioRpcError):
+        await task
+    second = platform.provisioner(**lease)
+    await asyncio.to_thread(eventually, lambda: platform.open_operations() == 0, "the boot has ended")
+    assert platform.query("SELECT status FROM engines") == [("running",)]
+    assert set(platform.counts().values()) == {1}
+    clients = connect(platform, second)
+    await clients.provisioner.DestroyEngine(pb.DestroyEngineRequest(user_id="u1"), metadata=product.metadata)
+    assert platform.counts() == NOTHING
+
+
+async def test_a_stopped_platform_finds_its_containers_again(platform: DockerPlatform, connect: Connect) -> None:
+    first = platform.provisioner(ORCH_STOP_ENGINES_ON_EXIT="true")
+    clients = connect(platform, first)
+    product = await clients.register()
+    made = await provision(clients, product)
+    assert first.terminate() == 0
+    assert platform.api.containers(filters=platform.filters()) == []
+
+    second = platform.provisioner()
+    clients = connect(platform, second, platform.admission(second))
+    answer = await clients.admission.Admit(admission_pb.AdmitRequest(user_id="u1"), metadata=product.metadata)
+    assert (answer.engine.engine_id, answer.engine.api_key) == (made.engine_id, made.api_key)
+    assert await execute(answer.engine.url, answer.engine.api_key) == 200
+    assert set(platform.counts().values()) == {1}
