@@ -27,7 +27,7 @@ from september.engine.v1 import denial_pb2 as september_dot_engine_dot_v1_dot_de
 from september.engine.v1 import engine_pb2 as september_dot_engine_dot_v1_dot_engine__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.september/admission/v1/admission_service.proto\x12\x16september.admission.v1\x1a\x1cgoogle/api/annotations.proto\x1a september/engine/v1/denial.proto\x1a september/engine/v1/engine.proto\"k\n\x0c\x41\x64mitRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12%\n\x0e\x61uto_provision\x18\x02 \x01(\x08R\rautoProvision\x12\x1b\n\tauto_wake\x18\x03 \x01(\x08R\x08\x61utoWake\"\xac\x01\n\rAdmitResponse\x12\x1a\n\x08\x61\x64mitted\x18\x01 \x01(\x08R\x08\x61\x64mitted\x12\x33\n\x06\x65ngine\x18\x02 \x01(\x0b\x32\x1b.september.engine.v1.EngineR\x06\x65ngine\x12?\n\x06reason\x18\x03 \x01(\x0e\x32\".september.engine.v1.Denial.ReasonH\x00R\x06reason\x88\x01\x01\x42\t\n\x07_reason\"+\n\x10GetEngineRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\"H\n\x11GetEngineResponse\x12\x33\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x1b.september.engine.v1.EngineR\x06\x65ngine\"\x14\n\x12\x43heckHealthRequest\"-\n\x13\x43heckHealthResponse\x12\x16\n\x06status\x18\x01 \x01(\tR\x06status2\x8d\x03\n\x10\x41\x64missionService\x12y\n\x05\x41\x64mit\x12$.september.admission.v1.AdmitRequest\x1a%.september.admission.v1.AdmitResponse\"#\x82\xd3\xe4\x93\x02\x1d\"\x18/engines/{user_id}/admit:\x01*\x12\x84\x01\n\tGetEngine\x12(.september.admission.v1.GetEngineRequest\x1a).september.admission.v1.GetEngineResponse\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x12/engines/{user_id}b\x06\x65ngine\x12w\n\x0b\x43heckHealth\x12*.september.admission.v1.CheckHealthRequest\x1a+.september.admission.v1.CheckHealthResponse\"\x0f\x82\xd3\xe4\x93\x02\t\x12\x07/healthb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.september/admission/v1/admission_service.proto\x12\x16september.admission.v1\x1a\x1cgoogle/api/annotations.proto\x1a september/engine/v1/denial.proto\x1a september/engine/v1/engine.proto\"\x8d\x01\n\x0c\x41\x64mitRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12%\n\x0e\x61uto_provision\x18\x02 \x01(\x08R\rautoProvision\x12\x1b\n\tauto_wake\x18\x03 \x01(\x08R\x08\x61utoWake\x12 \n\x0ckeep_awake_s\x18\x04 \x01(\x05R\nkeepAwakeS\"\xac\x01\n\rAdmitResponse\x12\x1a\n\x08\x61\x64mitted\x18\x01 \x01(\x08R\x08\x61\x64mitted\x12\x33\n\x06\x65ngine\x18\x02 \x01(\x0b\x32\x1b.september.engine.v1.EngineR\x06\x65ngine\x12?\n\x06reason\x18\x03 \x01(\x0e\x32\".september.engine.v1.Denial.ReasonH\x00R\x06reason\x88\x01\x01\x42\t\n\x07_reason\"+\n\x10GetEngineRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\"H\n\x11GetEngineResponse\x12\x33\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x1b.september.engine.v1.EngineR\x06\x65ngine\"\x14\n\x12\x43heckHealthRequest\"-\n\x13\x43heckHealthResponse\x12\x16\n\x06status\x18\x01 \x01(\tR\x06status2\x8d\x03\n\x10\x41\x64missionService\x12y\n\x05\x41\x64mit\x12$.september.admission.v1.AdmitRequest\x1a%.september.admission.v1.AdmitResponse\"#\x82\xd3\xe4\x93\x02\x1d\"\x18/engines/{user_id}/admit:\x01*\x12\x84\x01\n\tGetEngine\x12(.september.admission.v1.GetEngineRequest\x1a).september.admission.v1.GetEngineResponse\"\"\x82\xd3\xe4\x93\x02\x1c\x12\x12/engines/{user_id}b\x06\x65ngine\x12w\n\x0b\x43heckHealth\x12*.september.admission.v1.CheckHealthRequest\x1a+.september.admission.v1.CheckHealthResponse\"\x0f\x82\xd3\xe4\x93\x02\t\x12\x07/healthb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,18 +40,18 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ADMISSIONSERVICE'].methods_by_name['GetEngine']._serialized_options = b'\202\323\344\223\002\034\022\022/engines/{user_id}b\006engine'
   _globals['_ADMISSIONSERVICE'].methods_by_name['CheckHealth']._loaded_options = None
   _globals['_ADMISSIONSERVICE'].methods_by_name['CheckHealth']._serialized_options = b'\202\323\344\223\002\t\022\007/health'
-  _globals['_ADMITREQUEST']._serialized_start=172
-  _globals['_ADMITREQUEST']._serialized_end=279
-  _globals['_ADMITRESPONSE']._serialized_start=282
-  _globals['_ADMITRESPONSE']._serialized_end=454
-  _globals['_GETENGINEREQUEST']._serialized_start=456
-  _globals['_GETENGINEREQUEST']._serialized_end=499
-  _globals['_GETENGINERESPONSE']._serialized_start=501
-  _globals['_GETENGINERESPONSE']._serialized_end=573
-  _globals['_CHECKHEALTHREQUEST']._serialized_start=575
-  _globals['_CHECKHEALTHREQUEST']._serialized_end=595
-  _globals['_CHECKHEALTHRESPONSE']._serialized_start=597
-  _globals['_CHECKHEALTHRESPONSE']._serialized_end=642
-  _globals['_ADMISSIONSERVICE']._serialized_start=645
-  _globals['_ADMISSIONSERVICE']._serialized_end=1042
+  _globals['_ADMITREQUEST']._serialized_start=173
+  _globals['_ADMITREQUEST']._serialized_end=314
+  _globals['_ADMITRESPONSE']._serialized_start=317
+  _globals['_ADMITRESPONSE']._serialized_end=489
+  _globals['_GETENGINEREQUEST']._serialized_start=491
+  _globals['_GETENGINEREQUEST']._serialized_end=534
+  _globals['_GETENGINERESPONSE']._serialized_start=536
+  _globals['_GETENGINERESPONSE']._serialized_end=608
+  _globals['_CHECKHEALTHREQUEST']._serialized_start=610
+  _globals['_CHECKHEALTHREQUEST']._serialized_end=630
+  _globals['_CHECKHEALTHRESPONSE']._serialized_start=632
+  _globals['_CHECKHEALTHRESPONSE']._serialized_end=677
+  _globals['_ADMISSIONSERVICE']._serialized_start=680
+  _globals['_ADMISSIONSERVICE']._serialized_end=1077
 # @@protoc_insertion_point(module_scope)

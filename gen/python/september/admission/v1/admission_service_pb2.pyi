@@ -27,22 +27,28 @@ class AdmitRequest(_message.Message):
     USER_ID_FIELD_NUMBER: _builtins.int
     AUTO_PROVISION_FIELD_NUMBER: _builtins.int
     AUTO_WAKE_FIELD_NUMBER: _builtins.int
+    KEEP_AWAKE_S_FIELD_NUMBER: _builtins.int
     user_id: _builtins.str
     """The product's own id of the user, 1 to 255 printable characters."""
     auto_provision: _builtins.bool
     """Create the engine if the user has none."""
     auto_wake: _builtins.bool
     """Wake the engine if it sleeps."""
+    keep_awake_s: _builtins.int
+    """Seconds from now in which the engine is not put to sleep, because the caller
+    knows of work to come; at most the policy's `max_keep_awake_s`, more is cut to it.
+    """
     def __init__(
         self,
         *,
         user_id: _builtins.str = ...,
         auto_provision: _builtins.bool = ...,
         auto_wake: _builtins.bool = ...,
+        keep_awake_s: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_provision", b"auto_provision", "auto_wake", b"auto_wake", "user_id", b"user_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["auto_provision", b"auto_provision", "auto_wake", b"auto_wake", "keep_awake_s", b"keep_awake_s", "user_id", b"user_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

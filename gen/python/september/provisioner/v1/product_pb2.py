@@ -22,15 +22,18 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&september/provisioner/v1/product.proto\x12\x18september.provisioner.v1\"\x8e\x01\n\x06Policy\x12\x1f\n\x0bmax_engines\x18\x01 \x01(\x05R\nmaxEngines\x12)\n\x0erate_limit_rpm\x18\x02 \x01(\x05H\x00R\x0crateLimitRpm\x88\x01\x01\x12%\n\x0e\x61llowed_images\x18\x03 \x03(\tR\rallowedImagesB\x11\n\x0f_rate_limit_rpmb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&september/provisioner/v1/product.proto\x12\x18september.provisioner.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\x80\x02\n\x06Policy\x12\x1f\n\x0bmax_engines\x18\x01 \x01(\x05R\nmaxEngines\x12)\n\x0erate_limit_rpm\x18\x02 \x01(\x05H\x00R\x0crateLimitRpm\x88\x01\x01\x12%\n\x0e\x61llowed_images\x18\x03 \x03(\tR\rallowedImages\x12\x30\n\x12idle_sleep_after_s\x18\x04 \x01(\x05H\x01R\x0fidleSleepAfterS\x88\x01\x01\x12\'\n\x10max_keep_awake_s\x18\x05 \x01(\x05R\rmaxKeepAwakeSB\x11\n\x0f_rate_limit_rpmB\x15\n\x13_idle_sleep_after_s\"\xee\x01\n\x07Product\x12\x1d\n\nproduct_id\x18\x01 \x01(\tR\tproductId\x12\x12\n\x04slug\x18\x02 \x01(\tR\x04slug\x12\x38\n\x06policy\x18\x03 \x01(\x0b\x32 .september.provisioner.v1.PolicyR\x06policy\x12\x39\n\ncreated_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\tcreatedAt\x12;\n\x0b\x64isabled_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\ndisabledAtb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'september.provisioner.v1.product_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_POLICY']._serialized_start=69
-  _globals['_POLICY']._serialized_end=211
+  _globals['_POLICY']._serialized_start=102
+  _globals['_POLICY']._serialized_end=358
+  _globals['_PRODUCT']._serialized_start=361
+  _globals['_PRODUCT']._serialized_end=599
 # @@protoc_insertion_point(module_scope)

@@ -6,15 +6,16 @@ isort:skip_file
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
 
-if sys.version_info >= (3, 10):
-    from typing import TypeAlias as _TypeAlias
+if sys.version_info >= (3, 11):
+    from typing import TypeAlias as _TypeAlias, Never as _Never
 else:
-    from typing_extensions import TypeAlias as _TypeAlias
+    from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -27,10 +28,18 @@ class Policy(_message.Message):
     MAX_ENGINES_FIELD_NUMBER: _builtins.int
     RATE_LIMIT_RPM_FIELD_NUMBER: _builtins.int
     ALLOWED_IMAGES_FIELD_NUMBER: _builtins.int
+    IDLE_SLEEP_AFTER_S_FIELD_NUMBER: _builtins.int
+    MAX_KEEP_AWAKE_S_FIELD_NUMBER: _builtins.int
     max_engines: _builtins.int
     """Most engines that the product may have, in all states together; 0 to 1,000,000."""
     rate_limit_rpm: _builtins.int
     """Most admits in any 60 seconds, 1 to 1,000,000; absent for no limit."""
+    idle_sleep_after_s: _builtins.int
+    """Seconds without a sign of work after which an engine is put to sleep, 1 to
+    31,536,000; absent for never.
+    """
+    max_keep_awake_s: _builtins.int
+    """Most seconds for which an admit may keep an engine awake, 0 to 604,800."""
     @_builtins.property
     def allowed_images(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Globs of the images that the product's engines may run. None means the
@@ -43,13 +52,64 @@ class Policy(_message.Message):
         max_engines: _builtins.int = ...,
         rate_limit_rpm: _builtins.int | None = ...,
         allowed_images: _abc.Iterable[_builtins.str] | None = ...,
+        idle_sleep_after_s: _builtins.int | None = ...,
+        max_keep_awake_s: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_rate_limit_rpm", b"_rate_limit_rpm", "rate_limit_rpm", b"rate_limit_rpm"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_idle_sleep_after_s", b"_idle_sleep_after_s", "_rate_limit_rpm", b"_rate_limit_rpm", "idle_sleep_after_s", b"idle_sleep_after_s", "rate_limit_rpm", b"rate_limit_rpm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rate_limit_rpm", b"_rate_limit_rpm", "allowed_images", b"allowed_images", "max_engines", b"max_engines", "rate_limit_rpm", b"rate_limit_rpm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_idle_sleep_after_s", b"_idle_sleep_after_s", "_rate_limit_rpm", b"_rate_limit_rpm", "allowed_images", b"allowed_images", "idle_sleep_after_s", b"idle_sleep_after_s", "max_engines", b"max_engines", "max_keep_awake_s", b"max_keep_awake_s", "rate_limit_rpm", b"rate_limit_rpm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__idle_sleep_after_s: _TypeAlias = _typing.Literal["idle_sleep_after_s"]  # noqa: Y015
+    _WhichOneofArgType__idle_sleep_after_s: _TypeAlias = _typing.Literal["_idle_sleep_after_s", b"_idle_sleep_after_s"]  # noqa: Y015
     _WhichOneofReturnType__rate_limit_rpm: _TypeAlias = _typing.Literal["rate_limit_rpm"]  # noqa: Y015
     _WhichOneofArgType__rate_limit_rpm: _TypeAlias = _typing.Literal["_rate_limit_rpm", b"_rate_limit_rpm"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__idle_sleep_after_s) -> _WhichOneofReturnType__idle_sleep_after_s | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__rate_limit_rpm) -> _WhichOneofReturnType__rate_limit_rpm | None: ...
 
 Global___Policy: _TypeAlias = Policy  # noqa: Y015
+
+@_typing.final
+class Product(_message.Message):
+    """A backend whose users have engines."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PRODUCT_ID_FIELD_NUMBER: _builtins.int
+    SLUG_FIELD_NUMBER: _builtins.int
+    POLICY_FIELD_NUMBER: _builtins.int
+    CREATED_AT_FIELD_NUMBER: _builtins.int
+    DISABLED_AT_FIELD_NUMBER: _builtins.int
+    product_id: _builtins.str
+    """UUID of the product, in its canonical form."""
+    slug: _builtins.str
+    """Unique name of the product."""
+    @_builtins.property
+    def policy(self) -> Global___Policy:
+        """What the product may do."""
+
+    @_builtins.property
+    def created_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was registered."""
+
+    @_builtins.property
+    def disabled_at(self) -> _timestamp_pb2.Timestamp:
+        """Since when its keys are refused; absent if they are not."""
+
+    def __init__(
+        self,
+        *,
+        product_id: _builtins.str = ...,
+        slug: _builtins.str = ...,
+        policy: Global___Policy | None = ...,
+        created_at: _timestamp_pb2.Timestamp | None = ...,
+        disabled_at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "disabled_at", b"disabled_at", "policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created_at", b"created_at", "disabled_at", b"disabled_at", "policy", b"policy", "product_id", b"product_id", "slug", b"slug"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Product: _TypeAlias = Product  # noqa: Y015

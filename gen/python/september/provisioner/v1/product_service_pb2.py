@@ -27,7 +27,7 @@ from google.protobuf import struct_pb2 as google_dot_protobuf_dot_struct__pb2
 from september.provisioner.v1 import product_pb2 as september_dot_provisioner_dot_v1_dot_product__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.september/provisioner/v1/product_service.proto\x12\x18september.provisioner.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a&september/provisioner/v1/product.proto\"]\n\x16RegisterProductRequest\x12\x12\n\x04slug\x18\x01 \x01(\tR\x04slug\x12/\n\x06policy\x18\x02 \x01(\x0b\x32\x17.google.protobuf.StructR\x06policy\"v\n\x17RegisterProductResponse\x12\x1d\n\nproduct_id\x18\x01 \x01(\tR\tproductId\x12\x12\n\x04slug\x18\x02 \x01(\tR\x04slug\x12(\n\x10platform_api_key\x18\x03 \x01(\tR\x0eplatformApiKey\"e\n\x13UpdatePolicyRequest\x12\x1d\n\nproduct_id\x18\x01 \x01(\tR\tproductId\x12/\n\x06policy\x18\x02 \x01(\x0b\x32\x17.google.protobuf.StructR\x06policy\"P\n\x14UpdatePolicyResponse\x12\x38\n\x06policy\x18\x01 \x01(\x0b\x32 .september.provisioner.v1.PolicyR\x06policy2\xc7\x02\n\x0eProductService\x12\x95\x01\n\x0fRegisterProduct\x12\x30.september.provisioner.v1.RegisterProductRequest\x1a\x31.september.provisioner.v1.RegisterProductResponse\"\x1d\x82\xd3\xe4\x93\x02\x17\"\x12/products/register:\x01*\x12\x9c\x01\n\x0cUpdatePolicy\x12-.september.provisioner.v1.UpdatePolicyRequest\x1a..september.provisioner.v1.UpdatePolicyResponse\"-\x82\xd3\xe4\x93\x02\'\x1a\x1d/products/{product_id}/policy:\x06policyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n.september/provisioner/v1/product_service.proto\x12\x18september.provisioner.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1cgoogle/protobuf/struct.proto\x1a&september/provisioner/v1/product.proto\"]\n\x16RegisterProductRequest\x12\x12\n\x04slug\x18\x01 \x01(\tR\x04slug\x12/\n\x06policy\x18\x02 \x01(\x0b\x32\x17.google.protobuf.StructR\x06policy\"v\n\x17RegisterProductResponse\x12\x1d\n\nproduct_id\x18\x01 \x01(\tR\tproductId\x12\x12\n\x04slug\x18\x02 \x01(\tR\x04slug\x12(\n\x10platform_api_key\x18\x03 \x01(\tR\x0eplatformApiKey\"e\n\x13UpdatePolicyRequest\x12\x1d\n\nproduct_id\x18\x01 \x01(\tR\tproductId\x12/\n\x06policy\x18\x02 \x01(\x0b\x32\x17.google.protobuf.StructR\x06policy\"P\n\x14UpdatePolicyResponse\x12\x38\n\x06policy\x18\x01 \x01(\x0b\x32 .september.provisioner.v1.PolicyR\x06policy\"Y\n\x13ListProductsRequest\x12\x19\n\x05limit\x18\x01 \x01(\x05H\x00R\x05limit\x88\x01\x01\x12\x1d\n\npage_token\x18\x02 \x01(\tR\tpageTokenB\x08\n\x06_limit\"\x96\x01\n\x14ListProductsResponse\x12=\n\x08products\x18\x01 \x03(\x0b\x32!.september.provisioner.v1.ProductR\x08products\x12+\n\x0fnext_page_token\x18\x02 \x01(\tH\x00R\rnextPageToken\x88\x01\x01\x42\x12\n\x10_next_page_token\"2\n\x11GetProductRequest\x12\x1d\n\nproduct_id\x18\x01 \x01(\tR\tproductId\"Q\n\x12GetProductResponse\x12;\n\x07product\x18\x01 \x01(\x0b\x32!.september.provisioner.v1.ProductR\x07product\"R\n\x18RotatePlatformKeyRequest\x12\x1d\n\nproduct_id\x18\x01 \x01(\tR\tproductId\x12\x17\n\x07grace_s\x18\x02 \x01(\x05R\x06graceS\"E\n\x19RotatePlatformKeyResponse\x12(\n\x10platform_api_key\x18\x01 \x01(\tR\x0eplatformApiKey\"6\n\x15\x44isableProductRequest\x12\x1d\n\nproduct_id\x18\x01 \x01(\tR\tproductId\"U\n\x16\x44isableProductResponse\x12;\n\x07product\x18\x01 \x01(\x0b\x32!.september.provisioner.v1.ProductR\x07product\"5\n\x14\x45nableProductRequest\x12\x1d\n\nproduct_id\x18\x01 \x01(\tR\tproductId\"T\n\x15\x45nableProductResponse\x12;\n\x07product\x18\x01 \x01(\x0b\x32!.september.provisioner.v1.ProductR\x07product2\xb9\x08\n\x0eProductService\x12\x95\x01\n\x0fRegisterProduct\x12\x30.september.provisioner.v1.RegisterProductRequest\x1a\x31.september.provisioner.v1.RegisterProductResponse\"\x1d\x82\xd3\xe4\x93\x02\x17\"\x12/products/register:\x01*\x12\x9c\x01\n\x0cUpdatePolicy\x12-.september.provisioner.v1.UpdatePolicyRequest\x1a..september.provisioner.v1.UpdatePolicyResponse\"-\x82\xd3\xe4\x93\x02\'\x1a\x1d/products/{product_id}/policy:\x06policy\x12\x80\x01\n\x0cListProducts\x12-.september.provisioner.v1.ListProductsRequest\x1a..september.provisioner.v1.ListProductsResponse\"\x11\x82\xd3\xe4\x93\x02\x0b\x12\t/products\x12\x87\x01\n\nGetProduct\x12+.september.provisioner.v1.GetProductRequest\x1a,.september.provisioner.v1.GetProductResponse\"\x1e\x82\xd3\xe4\x93\x02\x18\x12\x16/products/{product_id}\x12\xaa\x01\n\x11RotatePlatformKey\x12\x32.september.provisioner.v1.RotatePlatformKeyRequest\x1a\x33.september.provisioner.v1.RotatePlatformKeyResponse\",\x82\xd3\xe4\x93\x02&\"!/products/{product_id}/rotate-key:\x01*\x12\x9b\x01\n\x0e\x44isableProduct\x12/.september.provisioner.v1.DisableProductRequest\x1a\x30.september.provisioner.v1.DisableProductResponse\"&\x82\xd3\xe4\x93\x02 \"\x1e/products/{product_id}/disable\x12\x97\x01\n\rEnableProduct\x12..september.provisioner.v1.EnableProductRequest\x1a/.september.provisioner.v1.EnableProductResponse\"%\x82\xd3\xe4\x93\x02\x1f\"\x1d/products/{product_id}/enableb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,6 +38,16 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PRODUCTSERVICE'].methods_by_name['RegisterProduct']._serialized_options = b'\202\323\344\223\002\027\"\022/products/register:\001*'
   _globals['_PRODUCTSERVICE'].methods_by_name['UpdatePolicy']._loaded_options = None
   _globals['_PRODUCTSERVICE'].methods_by_name['UpdatePolicy']._serialized_options = b'\202\323\344\223\002\'\032\035/products/{product_id}/policy:\006policy'
+  _globals['_PRODUCTSERVICE'].methods_by_name['ListProducts']._loaded_options = None
+  _globals['_PRODUCTSERVICE'].methods_by_name['ListProducts']._serialized_options = b'\202\323\344\223\002\013\022\t/products'
+  _globals['_PRODUCTSERVICE'].methods_by_name['GetProduct']._loaded_options = None
+  _globals['_PRODUCTSERVICE'].methods_by_name['GetProduct']._serialized_options = b'\202\323\344\223\002\030\022\026/products/{product_id}'
+  _globals['_PRODUCTSERVICE'].methods_by_name['RotatePlatformKey']._loaded_options = None
+  _globals['_PRODUCTSERVICE'].methods_by_name['RotatePlatformKey']._serialized_options = b'\202\323\344\223\002&\"!/products/{product_id}/rotate-key:\001*'
+  _globals['_PRODUCTSERVICE'].methods_by_name['DisableProduct']._loaded_options = None
+  _globals['_PRODUCTSERVICE'].methods_by_name['DisableProduct']._serialized_options = b'\202\323\344\223\002 \"\036/products/{product_id}/disable'
+  _globals['_PRODUCTSERVICE'].methods_by_name['EnableProduct']._loaded_options = None
+  _globals['_PRODUCTSERVICE'].methods_by_name['EnableProduct']._serialized_options = b'\202\323\344\223\002\037\"\035/products/{product_id}/enable'
   _globals['_REGISTERPRODUCTREQUEST']._serialized_start=176
   _globals['_REGISTERPRODUCTREQUEST']._serialized_end=269
   _globals['_REGISTERPRODUCTRESPONSE']._serialized_start=271
@@ -46,6 +56,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UPDATEPOLICYREQUEST']._serialized_end=492
   _globals['_UPDATEPOLICYRESPONSE']._serialized_start=494
   _globals['_UPDATEPOLICYRESPONSE']._serialized_end=574
-  _globals['_PRODUCTSERVICE']._serialized_start=577
-  _globals['_PRODUCTSERVICE']._serialized_end=904
+  _globals['_LISTPRODUCTSREQUEST']._serialized_start=576
+  _globals['_LISTPRODUCTSREQUEST']._serialized_end=665
+  _globals['_LISTPRODUCTSRESPONSE']._serialized_start=668
+  _globals['_LISTPRODUCTSRESPONSE']._serialized_end=818
+  _globals['_GETPRODUCTREQUEST']._serialized_start=820
+  _globals['_GETPRODUCTREQUEST']._serialized_end=870
+  _globals['_GETPRODUCTRESPONSE']._serialized_start=872
+  _globals['_GETPRODUCTRESPONSE']._serialized_end=953
+  _globals['_ROTATEPLATFORMKEYREQUEST']._serialized_start=955
+  _globals['_ROTATEPLATFORMKEYREQUEST']._serialized_end=1037
+  _globals['_ROTATEPLATFORMKEYRESPONSE']._serialized_start=1039
+  _globals['_ROTATEPLATFORMKEYRESPONSE']._serialized_end=1108
+  _globals['_DISABLEPRODUCTREQUEST']._serialized_start=1110
+  _globals['_DISABLEPRODUCTREQUEST']._serialized_end=1164
+  _globals['_DISABLEPRODUCTRESPONSE']._serialized_start=1166
+  _globals['_DISABLEPRODUCTRESPONSE']._serialized_end=1251
+  _globals['_ENABLEPRODUCTREQUEST']._serialized_start=1253
+  _globals['_ENABLEPRODUCTREQUEST']._serialized_end=1306
+  _globals['_ENABLEPRODUCTRESPONSE']._serialized_start=1308
+  _globals['_ENABLEPRODUCTRESPONSE']._serialized_end=1392
+  _globals['_PRODUCTSERVICE']._serialized_start=1395
+  _globals['_PRODUCTSERVICE']._serialized_end=2476
 # @@protoc_insertion_point(module_scope)

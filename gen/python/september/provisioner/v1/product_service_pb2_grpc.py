@@ -46,6 +46,31 @@ class ProductServiceStub:
                 request_serializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.UpdatePolicyRequest.SerializeToString,
                 response_deserializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.UpdatePolicyResponse.FromString,
                 _registered_method=True)
+        self.ListProducts = channel.unary_unary(
+                '/september.provisioner.v1.ProductService/ListProducts',
+                request_serializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.ListProductsRequest.SerializeToString,
+                response_deserializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.ListProductsResponse.FromString,
+                _registered_method=True)
+        self.GetProduct = channel.unary_unary(
+                '/september.provisioner.v1.ProductService/GetProduct',
+                request_serializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.GetProductRequest.SerializeToString,
+                response_deserializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.GetProductResponse.FromString,
+                _registered_method=True)
+        self.RotatePlatformKey = channel.unary_unary(
+                '/september.provisioner.v1.ProductService/RotatePlatformKey',
+                request_serializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.RotatePlatformKeyRequest.SerializeToString,
+                response_deserializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.RotatePlatformKeyResponse.FromString,
+                _registered_method=True)
+        self.DisableProduct = channel.unary_unary(
+                '/september.provisioner.v1.ProductService/DisableProduct',
+                request_serializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.DisableProductRequest.SerializeToString,
+                response_deserializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.DisableProductResponse.FromString,
+                _registered_method=True)
+        self.EnableProduct = channel.unary_unary(
+                '/september.provisioner.v1.ProductService/EnableProduct',
+                request_serializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.EnableProductRequest.SerializeToString,
+                response_deserializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.EnableProductResponse.FromString,
+                _registered_method=True)
 
 
 class ProductServiceServicer:
@@ -70,6 +95,45 @@ class ProductServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListProducts(self, request, context):
+        """Lists products by slug. Errors: INVALID_REQUEST, INVALID_ADMIN_KEY, UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetProduct(self, request, context):
+        """Reads a product. Errors: INVALID_REQUEST, INVALID_ADMIN_KEY, PRODUCT_NOT_FOUND, UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotatePlatformKey(self, request, context):
+        """Gives a product a new platform key, which is shown this once; the old ones
+        are taken for `grace_s` seconds more. Errors: INVALID_REQUEST,
+        INVALID_ADMIN_KEY, PRODUCT_NOT_FOUND, UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DisableProduct(self, request, context):
+        """Refuses a product's keys from now on; its engines stay as they are. Errors:
+        INVALID_REQUEST, INVALID_ADMIN_KEY, PRODUCT_NOT_FOUND, UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EnableProduct(self, request, context):
+        """Takes a disabled product's keys again. Errors: INVALID_REQUEST,
+        INVALID_ADMIN_KEY, PRODUCT_NOT_FOUND, UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ProductServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -82,6 +146,31 @@ def add_ProductServiceServicer_to_server(servicer, server):
                     servicer.UpdatePolicy,
                     request_deserializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.UpdatePolicyRequest.FromString,
                     response_serializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.UpdatePolicyResponse.SerializeToString,
+            ),
+            'ListProducts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListProducts,
+                    request_deserializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.ListProductsRequest.FromString,
+                    response_serializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.ListProductsResponse.SerializeToString,
+            ),
+            'GetProduct': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetProduct,
+                    request_deserializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.GetProductRequest.FromString,
+                    response_serializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.GetProductResponse.SerializeToString,
+            ),
+            'RotatePlatformKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotatePlatformKey,
+                    request_deserializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.RotatePlatformKeyRequest.FromString,
+                    response_serializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.RotatePlatformKeyResponse.SerializeToString,
+            ),
+            'DisableProduct': grpc.unary_unary_rpc_method_handler(
+                    servicer.DisableProduct,
+                    request_deserializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.DisableProductRequest.FromString,
+                    response_serializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.DisableProductResponse.SerializeToString,
+            ),
+            'EnableProduct': grpc.unary_unary_rpc_method_handler(
+                    servicer.EnableProduct,
+                    request_deserializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.EnableProductRequest.FromString,
+                    response_serializer=september_dot_provisioner_dot_v1_dot_product__service__pb2.EnableProductResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -140,6 +229,141 @@ class ProductService:
             '/september.provisioner.v1.ProductService/UpdatePolicy',
             september_dot_provisioner_dot_v1_dot_product__service__pb2.UpdatePolicyRequest.SerializeToString,
             september_dot_provisioner_dot_v1_dot_product__service__pb2.UpdatePolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListProducts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/september.provisioner.v1.ProductService/ListProducts',
+            september_dot_provisioner_dot_v1_dot_product__service__pb2.ListProductsRequest.SerializeToString,
+            september_dot_provisioner_dot_v1_dot_product__service__pb2.ListProductsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetProduct(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/september.provisioner.v1.ProductService/GetProduct',
+            september_dot_provisioner_dot_v1_dot_product__service__pb2.GetProductRequest.SerializeToString,
+            september_dot_provisioner_dot_v1_dot_product__service__pb2.GetProductResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotatePlatformKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/september.provisioner.v1.ProductService/RotatePlatformKey',
+            september_dot_provisioner_dot_v1_dot_product__service__pb2.RotatePlatformKeyRequest.SerializeToString,
+            september_dot_provisioner_dot_v1_dot_product__service__pb2.RotatePlatformKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DisableProduct(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/september.provisioner.v1.ProductService/DisableProduct',
+            september_dot_provisioner_dot_v1_dot_product__service__pb2.DisableProductRequest.SerializeToString,
+            september_dot_provisioner_dot_v1_dot_product__service__pb2.DisableProductResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EnableProduct(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/september.provisioner.v1.ProductService/EnableProduct',
+            september_dot_provisioner_dot_v1_dot_product__service__pb2.EnableProductRequest.SerializeToString,
+            september_dot_provisioner_dot_v1_dot_product__service__pb2.EnableProductResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,6 +27,23 @@ class ProductServiceStub:
     destroys nothing. Errors: INVALID_REQUEST, INVALID_ADMIN_KEY,
     PRODUCT_NOT_FOUND, UNAVAILABLE.
     """
+    ListProducts: _aio.UnaryUnaryMultiCallable[_product_service_pb2.ListProductsRequest, _product_service_pb2.ListProductsResponse]
+    """Lists products by slug. Errors: INVALID_REQUEST, INVALID_ADMIN_KEY, UNAVAILABLE."""
+    GetProduct: _aio.UnaryUnaryMultiCallable[_product_service_pb2.GetProductRequest, _product_service_pb2.GetProductResponse]
+    """Reads a product. Errors: INVALID_REQUEST, INVALID_ADMIN_KEY, PRODUCT_NOT_FOUND, UNAVAILABLE."""
+    RotatePlatformKey: _aio.UnaryUnaryMultiCallable[_product_service_pb2.RotatePlatformKeyRequest, _product_service_pb2.RotatePlatformKeyResponse]
+    """Gives a product a new platform key, which is shown this once; the old ones
+    are taken for `grace_s` seconds more. Errors: INVALID_REQUEST,
+    INVALID_ADMIN_KEY, PRODUCT_NOT_FOUND, UNAVAILABLE.
+    """
+    DisableProduct: _aio.UnaryUnaryMultiCallable[_product_service_pb2.DisableProductRequest, _product_service_pb2.DisableProductResponse]
+    """Refuses a product's keys from now on; its engines stay as they are. Errors:
+    INVALID_REQUEST, INVALID_ADMIN_KEY, PRODUCT_NOT_FOUND, UNAVAILABLE.
+    """
+    EnableProduct: _aio.UnaryUnaryMultiCallable[_product_service_pb2.EnableProductRequest, _product_service_pb2.EnableProductResponse]
+    """Takes a disabled product's keys again. Errors: INVALID_REQUEST,
+    INVALID_ADMIN_KEY, PRODUCT_NOT_FOUND, UNAVAILABLE.
+    """
 
 class ProductServiceServicer(metaclass=_abc_1.ABCMeta):
     """Products and their policies, for operators. Every call needs the metadata
@@ -52,6 +69,53 @@ class ProductServiceServicer(metaclass=_abc_1.ABCMeta):
         """Replaces a product's policy; in force on the next request. A tightened quota
         destroys nothing. Errors: INVALID_REQUEST, INVALID_ADMIN_KEY,
         PRODUCT_NOT_FOUND, UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def ListProducts(
+        self,
+        request: _product_service_pb2.ListProductsRequest,
+        context: _aio.ServicerContext[_product_service_pb2.ListProductsRequest, _abc.Awaitable[_product_service_pb2.ListProductsResponse]],
+    ) -> _abc.Awaitable[_product_service_pb2.ListProductsResponse]:
+        """Lists products by slug. Errors: INVALID_REQUEST, INVALID_ADMIN_KEY, UNAVAILABLE."""
+
+    @_abc_1.abstractmethod
+    def GetProduct(
+        self,
+        request: _product_service_pb2.GetProductRequest,
+        context: _aio.ServicerContext[_product_service_pb2.GetProductRequest, _abc.Awaitable[_product_service_pb2.GetProductResponse]],
+    ) -> _abc.Awaitable[_product_service_pb2.GetProductResponse]:
+        """Reads a product. Errors: INVALID_REQUEST, INVALID_ADMIN_KEY, PRODUCT_NOT_FOUND, UNAVAILABLE."""
+
+    @_abc_1.abstractmethod
+    def RotatePlatformKey(
+        self,
+        request: _product_service_pb2.RotatePlatformKeyRequest,
+        context: _aio.ServicerContext[_product_service_pb2.RotatePlatformKeyRequest, _abc.Awaitable[_product_service_pb2.RotatePlatformKeyResponse]],
+    ) -> _abc.Awaitable[_product_service_pb2.RotatePlatformKeyResponse]:
+        """Gives a product a new platform key, which is shown this once; the old ones
+        are taken for `grace_s` seconds more. Errors: INVALID_REQUEST,
+        INVALID_ADMIN_KEY, PRODUCT_NOT_FOUND, UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def DisableProduct(
+        self,
+        request: _product_service_pb2.DisableProductRequest,
+        context: _aio.ServicerContext[_product_service_pb2.DisableProductRequest, _abc.Awaitable[_product_service_pb2.DisableProductResponse]],
+    ) -> _abc.Awaitable[_product_service_pb2.DisableProductResponse]:
+        """Refuses a product's keys from now on; its engines stay as they are. Errors:
+        INVALID_REQUEST, INVALID_ADMIN_KEY, PRODUCT_NOT_FOUND, UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def EnableProduct(
+        self,
+        request: _product_service_pb2.EnableProductRequest,
+        context: _aio.ServicerContext[_product_service_pb2.EnableProductRequest, _abc.Awaitable[_product_service_pb2.EnableProductResponse]],
+    ) -> _abc.Awaitable[_product_service_pb2.EnableProductResponse]:
+        """Takes a disabled product's keys again. Errors: INVALID_REQUEST,
+        INVALID_ADMIN_KEY, PRODUCT_NOT_FOUND, UNAVAILABLE.
         """
 
 def add_ProductServiceServicer_to_server(servicer: ProductServiceServicer, server: _aio.Server) -> None: ...

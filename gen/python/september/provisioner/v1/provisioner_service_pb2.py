@@ -23,11 +23,12 @@ _sym_db = _symbol_database.Default()
 
 
 from google.api import annotations_pb2 as google_dot_api_dot_annotations__pb2
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 from september.engine.v1 import denial_pb2 as september_dot_engine_dot_v1_dot_denial__pb2
 from september.engine.v1 import engine_pb2 as september_dot_engine_dot_v1_dot_engine__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n2september/provisioner/v1/provisioner_service.proto\x12\x18september.provisioner.v1\x1a\x1cgoogle/api/annotations.proto\x1a september/engine/v1/denial.proto\x1a september/engine/v1/engine.proto\"X\n\x16ProvisionEngineRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12%\n\x0e\x65ngine_version\x18\x02 \x01(\tR\rengineVersion\"\xb6\x01\n\x17ProvisionEngineResponse\x12\x1b\n\tengine_id\x18\x01 \x01(\tR\x08\x65ngineId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\x12:\n\x06status\x18\x03 \x01(\x0e\x32\".september.engine.v1.Engine.StatusR\x06status\x12\x10\n\x03url\x18\x04 \x01(\tR\x03url\x12\x17\n\x07\x61pi_key\x18\x05 \x01(\tR\x06\x61piKey\"/\n\x14\x44\x65stroyEngineRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\"L\n\x15\x44\x65stroyEngineResponse\x12\x16\n\x06status\x18\x01 \x01(\tR\x06status\x12\x1b\n\tengine_id\x18\x02 \x01(\tR\x08\x65ngineId\"r\n\x13\x45nsureEngineRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12%\n\x0e\x61uto_provision\x18\x02 \x01(\x08R\rautoProvision\x12\x1b\n\tauto_wake\x18\x03 \x01(\x08R\x08\x61utoWake\"\x96\x01\n\x14\x45nsureEngineResponse\x12\x35\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x1b.september.engine.v1.EngineH\x00R\x06\x65ngine\x12<\n\x06\x64\x65nial\x18\x02 \x01(\x0e\x32\".september.engine.v1.Denial.ReasonH\x00R\x06\x64\x65nialB\t\n\x07outcome2\xaa\x03\n\x12ProvisionerService\x12\x95\x01\n\x0fProvisionEngine\x12\x30.september.provisioner.v1.ProvisionEngineRequest\x1a\x31.september.provisioner.v1.ProvisionEngineResponse\"\x1d\x82\xd3\xe4\x93\x02\x17\"\x12/engines/provision:\x01*\x12\x8c\x01\n\rDestroyEngine\x12..september.provisioner.v1.DestroyEngineRequest\x1a/.september.provisioner.v1.DestroyEngineResponse\"\x1a\x82\xd3\xe4\x93\x02\x14*\x12/engines/{user_id}\x12m\n\x0c\x45nsureEngine\x12-.september.provisioner.v1.EnsureEngineRequest\x1a..september.provisioner.v1.EnsureEngineResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n2september/provisioner/v1/provisioner_service.proto\x12\x18september.provisioner.v1\x1a\x1cgoogle/api/annotations.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a september/engine/v1/denial.proto\x1a september/engine/v1/engine.proto\"X\n\x16ProvisionEngineRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12%\n\x0e\x65ngine_version\x18\x02 \x01(\tR\rengineVersion\"\xb6\x01\n\x17ProvisionEngineResponse\x12\x1b\n\tengine_id\x18\x01 \x01(\tR\x08\x65ngineId\x12\x17\n\x07user_id\x18\x02 \x01(\tR\x06userId\x12:\n\x06status\x18\x03 \x01(\x0e\x32\".september.engine.v1.Engine.StatusR\x06status\x12\x10\n\x03url\x18\x04 \x01(\tR\x03url\x12\x17\n\x07\x61pi_key\x18\x05 \x01(\tR\x06\x61piKey\"/\n\x14\x44\x65stroyEngineRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\"L\n\x15\x44\x65stroyEngineResponse\x12\x16\n\x06status\x18\x01 \x01(\tR\x06status\x12\x1b\n\tengine_id\x18\x02 \x01(\tR\x08\x65ngineId\"-\n\x12StartEngineRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\"c\n\x13StartEngineResponse\x12:\n\x06status\x18\x01 \x01(\x0e\x32\".september.engine.v1.Engine.StatusR\x06status\x12\x10\n\x03url\x18\x02 \x01(\tR\x03url\",\n\x11StopEngineRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\"P\n\x12StopEngineResponse\x12:\n\x06status\x18\x01 \x01(\x0e\x32\".september.engine.v1.Engine.StatusR\x06status\"-\n\x12SleepEngineRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\"Q\n\x13SleepEngineResponse\x12:\n\x06status\x18\x01 \x01(\x0e\x32\".september.engine.v1.Engine.StatusR\x06status\",\n\x11WakeEngineRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\"b\n\x12WakeEngineResponse\x12:\n\x06status\x18\x01 \x01(\x0e\x32\".september.engine.v1.Engine.StatusR\x06status\x12\x10\n\x03url\x18\x02 \x01(\tR\x03url\"1\n\x16RotateEngineKeyRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\"2\n\x17RotateEngineKeyResponse\x12\x17\n\x07\x61pi_key\x18\x01 \x01(\tR\x06\x61piKey\"-\n\x12WatchEngineRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\"\xaf\x01\n\x13WatchEngineResponse\x12:\n\x06status\x18\x01 \x01(\x0e\x32\".september.engine.v1.Engine.StatusR\x06status\x12\x1c\n\toperation\x18\x02 \x01(\tR\toperation\x12\x12\n\x04step\x18\x03 \x01(\tR\x04step\x12*\n\x02\x61t\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.TimestampR\x02\x61t\"r\n\x13\x45nsureEngineRequest\x12\x17\n\x07user_id\x18\x01 \x01(\tR\x06userId\x12%\n\x0e\x61uto_provision\x18\x02 \x01(\x08R\rautoProvision\x12\x1b\n\tauto_wake\x18\x03 \x01(\x08R\x08\x61utoWake\"\x96\x01\n\x14\x45nsureEngineResponse\x12\x35\n\x06\x65ngine\x18\x01 \x01(\x0b\x32\x1b.september.engine.v1.EngineH\x00R\x06\x65ngine\x12<\n\x06\x64\x65nial\x18\x02 \x01(\x0e\x32\".september.engine.v1.Denial.ReasonH\x00R\x06\x64\x65nialB\t\n\x07outcome2\x8f\n\n\x12ProvisionerService\x12\x95\x01\n\x0fProvisionEngine\x12\x30.september.provisioner.v1.ProvisionEngineRequest\x1a\x31.september.provisioner.v1.ProvisionEngineResponse\"\x1d\x82\xd3\xe4\x93\x02\x17\"\x12/engines/provision:\x01*\x12\x8c\x01\n\rDestroyEngine\x12..september.provisioner.v1.DestroyEngineRequest\x1a/.september.provisioner.v1.DestroyEngineResponse\"\x1a\x82\xd3\xe4\x93\x02\x14*\x12/engines/{user_id}\x12\x8c\x01\n\x0bStartEngine\x12,.september.provisioner.v1.StartEngineRequest\x1a-.september.provisioner.v1.StartEngineResponse\" \x82\xd3\xe4\x93\x02\x1a\"\x18/engines/{user_id}/start\x12\x88\x01\n\nStopEngine\x12+.september.provisioner.v1.StopEngineRequest\x1a,.september.provisioner.v1.StopEngineResponse\"\x1f\x82\xd3\xe4\x93\x02\x19\"\x17/engines/{user_id}/stop\x12\x8c\x01\n\x0bSleepEngine\x12,.september.provisioner.v1.SleepEngineRequest\x1a-.september.provisioner.v1.SleepEngineResponse\" \x82\xd3\xe4\x93\x02\x1a\"\x18/engines/{user_id}/sleep\x12\x88\x01\n\nWakeEngine\x12+.september.provisioner.v1.WakeEngineRequest\x1a,.september.provisioner.v1.WakeEngineResponse\"\x1f\x82\xd3\xe4\x93\x02\x19\"\x17/engines/{user_id}/wake\x12\x9d\x01\n\x0fRotateEngineKey\x12\x30.september.provisioner.v1.RotateEngineKeyRequest\x1a\x31.september.provisioner.v1.RotateEngineKeyResponse\"%\x82\xd3\xe4\x93\x02\x1f\"\x1d/engines/{user_id}/rotate-key\x12\x8e\x01\n\x0bWatchEngine\x12,.september.provisioner.v1.WatchEngineRequest\x1a-.september.provisioner.v1.WatchEngineResponse\" \x82\xd3\xe4\x93\x02\x1a\x12\x18/engines/{user_id}/watch0\x01\x12m\n\x0c\x45nsureEngine\x12-.september.provisioner.v1.EnsureEngineRequest\x1a..september.provisioner.v1.EnsureEngineResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,18 +39,54 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROVISIONERSERVICE'].methods_by_name['ProvisionEngine']._serialized_options = b'\202\323\344\223\002\027\"\022/engines/provision:\001*'
   _globals['_PROVISIONERSERVICE'].methods_by_name['DestroyEngine']._loaded_options = None
   _globals['_PROVISIONERSERVICE'].methods_by_name['DestroyEngine']._serialized_options = b'\202\323\344\223\002\024*\022/engines/{user_id}'
-  _globals['_PROVISIONENGINEREQUEST']._serialized_start=178
-  _globals['_PROVISIONENGINEREQUEST']._serialized_end=266
-  _globals['_PROVISIONENGINERESPONSE']._serialized_start=269
-  _globals['_PROVISIONENGINERESPONSE']._serialized_end=451
-  _globals['_DESTROYENGINEREQUEST']._serialized_start=453
-  _globals['_DESTROYENGINEREQUEST']._serialized_end=500
-  _globals['_DESTROYENGINERESPONSE']._serialized_start=502
-  _globals['_DESTROYENGINERESPONSE']._serialized_end=578
-  _globals['_ENSUREENGINEREQUEST']._serialized_start=580
-  _globals['_ENSUREENGINEREQUEST']._serialized_end=694
-  _globals['_ENSUREENGINERESPONSE']._serialized_start=697
-  _globals['_ENSUREENGINERESPONSE']._serialized_end=847
-  _globals['_PROVISIONERSERVICE']._serialized_start=850
-  _globals['_PROVISIONERSERVICE']._serialized_end=1276
+  _globals['_PROVISIONERSERVICE'].methods_by_name['StartEngine']._loaded_options = None
+  _globals['_PROVISIONERSERVICE'].methods_by_name['StartEngine']._serialized_options = b'\202\323\344\223\002\032\"\030/engines/{user_id}/start'
+  _globals['_PROVISIONERSERVICE'].methods_by_name['StopEngine']._loaded_options = None
+  _globals['_PROVISIONERSERVICE'].methods_by_name['StopEngine']._serialized_options = b'\202\323\344\223\002\031\"\027/engines/{user_id}/stop'
+  _globals['_PROVISIONERSERVICE'].methods_by_name['SleepEngine']._loaded_options = None
+  _globals['_PROVISIONERSERVICE'].methods_by_name['SleepEngine']._serialized_options = b'\202\323\344\223\002\032\"\030/engines/{user_id}/sleep'
+  _globals['_PROVISIONERSERVICE'].methods_by_name['WakeEngine']._loaded_options = None
+  _globals['_PROVISIONERSERVICE'].methods_by_name['WakeEngine']._serialized_options = b'\202\323\344\223\002\031\"\027/engines/{user_id}/wake'
+  _globals['_PROVISIONERSERVICE'].methods_by_name['RotateEngineKey']._loaded_options = None
+  _globals['_PROVISIONERSERVICE'].methods_by_name['RotateEngineKey']._serialized_options = b'\202\323\344\223\002\037\"\035/engines/{user_id}/rotate-key'
+  _globals['_PROVISIONERSERVICE'].methods_by_name['WatchEngine']._loaded_options = None
+  _globals['_PROVISIONERSERVICE'].methods_by_name['WatchEngine']._serialized_options = b'\202\323\344\223\002\032\022\030/engines/{user_id}/watch'
+  _globals['_PROVISIONENGINEREQUEST']._serialized_start=211
+  _globals['_PROVISIONENGINEREQUEST']._serialized_end=299
+  _globals['_PROVISIONENGINERESPONSE']._serialized_start=302
+  _globals['_PROVISIONENGINERESPONSE']._serialized_end=484
+  _globals['_DESTROYENGINEREQUEST']._serialized_start=486
+  _globals['_DESTROYENGINEREQUEST']._serialized_end=533
+  _globals['_DESTROYENGINERESPONSE']._serialized_start=535
+  _globals['_DESTROYENGINERESPONSE']._serialized_end=611
+  _globals['_STARTENGINEREQUEST']._serialized_start=613
+  _globals['_STARTENGINEREQUEST']._serialized_end=658
+  _globals['_STARTENGINERESPONSE']._serialized_start=660
+  _globals['_STARTENGINERESPONSE']._serialized_end=759
+  _globals['_STOPENGINEREQUEST']._serialized_start=761
+  _globals['_STOPENGINEREQUEST']._serialized_end=805
+  _globals['_STOPENGINERESPONSE']._serialized_start=807
+  _globals['_STOPENGINERESPONSE']._serialized_end=887
+  _globals['_SLEEPENGINEREQUEST']._serialized_start=889
+  _globals['_SLEEPENGINEREQUEST']._serialized_end=934
+  _globals['_SLEEPENGINERESPONSE']._serialized_start=936
+  _globals['_SLEEPENGINERESPONSE']._serialized_end=1017
+  _globals['_WAKEENGINEREQUEST']._serialized_start=1019
+  _globals['_WAKEENGINEREQUEST']._serialized_end=1063
+  _globals['_WAKEENGINERESPONSE']._serialized_start=1065
+  _globals['_WAKEENGINERESPONSE']._serialized_end=1163
+  _globals['_ROTATEENGINEKEYREQUEST']._serialized_start=1165
+  _globals['_ROTATEENGINEKEYREQUEST']._serialized_end=1214
+  _globals['_ROTATEENGINEKEYRESPONSE']._serialized_start=1216
+  _globals['_ROTATEENGINEKEYRESPONSE']._serialized_end=1266
+  _globals['_WATCHENGINEREQUEST']._serialized_start=1268
+  _globals['_WATCHENGINEREQUEST']._serialized_end=1313
+  _globals['_WATCHENGINERESPONSE']._serialized_start=1316
+  _globals['_WATCHENGINERESPONSE']._serialized_end=1491
+  _globals['_ENSUREENGINEREQUEST']._serialized_start=1493
+  _globals['_ENSUREENGINEREQUEST']._serialized_end=1607
+  _globals['_ENSUREENGINERESPONSE']._serialized_start=1610
+  _globals['_ENSUREENGINERESPONSE']._serialized_end=1760
+  _globals['_PROVISIONERSERVICE']._serialized_start=1763
+  _globals['_PROVISIONERSERVICE']._serialized_end=3058
 # @@protoc_insertion_point(module_scope)

@@ -5,6 +5,7 @@ The owner of engines: everything that creates, changes or removes one."""
 
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from september.engine.v1 import denial_pb2 as _denial_pb2
 from september.engine.v1 import engine_pb2 as _engine_pb2
 import builtins as _builtins
@@ -129,6 +130,292 @@ class DestroyEngineResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DestroyEngineResponse: _TypeAlias = DestroyEngineResponse  # noqa: Y015
+
+@_typing.final
+class StartEngineRequest(_message.Message):
+    """Request of StartEngine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """The product's own id of the user, 1 to 255 printable characters."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartEngineRequest: _TypeAlias = StartEngineRequest  # noqa: Y015
+
+@_typing.final
+class StartEngineResponse(_message.Message):
+    """Answer of StartEngine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
+    status: _engine_pb2.Engine.Status.ValueType
+    """Where the engine is in its life: `running`."""
+    url: _builtins.str
+    """Base URL of the engine's own API."""
+    def __init__(
+        self,
+        *,
+        status: _engine_pb2.Engine.Status.ValueType = ...,
+        url: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["status", b"status", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartEngineResponse: _TypeAlias = StartEngineResponse  # noqa: Y015
+
+@_typing.final
+class StopEngineRequest(_message.Message):
+    """Request of StopEngine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """The product's own id of the user, 1 to 255 printable characters."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopEngineRequest: _TypeAlias = StopEngineRequest  # noqa: Y015
+
+@_typing.final
+class StopEngineResponse(_message.Message):
+    """Answer of StopEngine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    status: _engine_pb2.Engine.Status.ValueType
+    """Where the engine is in its life: `stopped`."""
+    def __init__(
+        self,
+        *,
+        status: _engine_pb2.Engine.Status.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StopEngineResponse: _TypeAlias = StopEngineResponse  # noqa: Y015
+
+@_typing.final
+class SleepEngineRequest(_message.Message):
+    """Request of SleepEngine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """The product's own id of the user, 1 to 255 printable characters."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepEngineRequest: _TypeAlias = SleepEngineRequest  # noqa: Y015
+
+@_typing.final
+class SleepEngineResponse(_message.Message):
+    """Answer of SleepEngine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    status: _engine_pb2.Engine.Status.ValueType
+    """Where the engine is in its life: `sleeping`."""
+    def __init__(
+        self,
+        *,
+        status: _engine_pb2.Engine.Status.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SleepEngineResponse: _TypeAlias = SleepEngineResponse  # noqa: Y015
+
+@_typing.final
+class WakeEngineRequest(_message.Message):
+    """Request of WakeEngine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """The product's own id of the user, 1 to 255 printable characters."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WakeEngineRequest: _TypeAlias = WakeEngineRequest  # noqa: Y015
+
+@_typing.final
+class WakeEngineResponse(_message.Message):
+    """Answer of WakeEngine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    URL_FIELD_NUMBER: _builtins.int
+    status: _engine_pb2.Engine.Status.ValueType
+    """Where the engine is in its life: `running`."""
+    url: _builtins.str
+    """Base URL of the engine's own API."""
+    def __init__(
+        self,
+        *,
+        status: _engine_pb2.Engine.Status.ValueType = ...,
+        url: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["status", b"status", "url", b"url"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WakeEngineResponse: _TypeAlias = WakeEngineResponse  # noqa: Y015
+
+@_typing.final
+class RotateEngineKeyRequest(_message.Message):
+    """Request of RotateEngineKey."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """The product's own id of the user, 1 to 255 printable characters."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateEngineKeyRequest: _TypeAlias = RotateEngineKeyRequest  # noqa: Y015
+
+@_typing.final
+class RotateEngineKeyResponse(_message.Message):
+    """Answer of RotateEngineKey."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    API_KEY_FIELD_NUMBER: _builtins.int
+    api_key: _builtins.str
+    """The key that the engine takes from now on, `sk-sept-…`."""
+    def __init__(
+        self,
+        *,
+        api_key: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["api_key", b"api_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RotateEngineKeyResponse: _TypeAlias = RotateEngineKeyResponse  # noqa: Y015
+
+@_typing.final
+class WatchEngineRequest(_message.Message):
+    """Request of WatchEngine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    USER_ID_FIELD_NUMBER: _builtins.int
+    user_id: _builtins.str
+    """The product's own id of the user, 1 to 255 printable characters."""
+    def __init__(
+        self,
+        *,
+        user_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["user_id", b"user_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchEngineRequest: _TypeAlias = WatchEngineRequest  # noqa: Y015
+
+@_typing.final
+class WatchEngineResponse(_message.Message):
+    """Answer of WatchEngine."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATUS_FIELD_NUMBER: _builtins.int
+    OPERATION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    AT_FIELD_NUMBER: _builtins.int
+    status: _engine_pb2.Engine.Status.ValueType
+    """Where the engine is in its life."""
+    operation: _builtins.str
+    """What is being done to it, if anything: `provision`, `start`, `stop`, …"""
+    step: _builtins.str
+    """How far that is: `queued`, `creating`, `starting`, `probing 3`, …"""
+    @_builtins.property
+    def at(self) -> _timestamp_pb2.Timestamp:
+        """When this was seen."""
+
+    def __init__(
+        self,
+        *,
+        status: _engine_pb2.Engine.Status.ValueType = ...,
+        operation: _builtins.str = ...,
+        step: _builtins.str = ...,
+        at: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["at", b"at"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at", b"at", "operation", b"operation", "status", b"status", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchEngineResponse: _TypeAlias = WatchEngineResponse  # noqa: Y015
 
 @_typing.final
 class EnsureEngineRequest(_message.Message):

@@ -46,6 +46,36 @@ class ProvisionerServiceStub:
                 request_serializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.DestroyEngineRequest.SerializeToString,
                 response_deserializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.DestroyEngineResponse.FromString,
                 _registered_method=True)
+        self.StartEngine = channel.unary_unary(
+                '/september.provisioner.v1.ProvisionerService/StartEngine',
+                request_serializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.StartEngineRequest.SerializeToString,
+                response_deserializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.StartEngineResponse.FromString,
+                _registered_method=True)
+        self.StopEngine = channel.unary_unary(
+                '/september.provisioner.v1.ProvisionerService/StopEngine',
+                request_serializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.StopEngineRequest.SerializeToString,
+                response_deserializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.StopEngineResponse.FromString,
+                _registered_method=True)
+        self.SleepEngine = channel.unary_unary(
+                '/september.provisioner.v1.ProvisionerService/SleepEngine',
+                request_serializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.SleepEngineRequest.SerializeToString,
+                response_deserializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.SleepEngineResponse.FromString,
+                _registered_method=True)
+        self.WakeEngine = channel.unary_unary(
+                '/september.provisioner.v1.ProvisionerService/WakeEngine',
+                request_serializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.WakeEngineRequest.SerializeToString,
+                response_deserializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.WakeEngineResponse.FromString,
+                _registered_method=True)
+        self.RotateEngineKey = channel.unary_unary(
+                '/september.provisioner.v1.ProvisionerService/RotateEngineKey',
+                request_serializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.RotateEngineKeyRequest.SerializeToString,
+                response_deserializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.RotateEngineKeyResponse.FromString,
+                _registered_method=True)
+        self.WatchEngine = channel.unary_stream(
+                '/september.provisioner.v1.ProvisionerService/WatchEngine',
+                request_serializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.WatchEngineRequest.SerializeToString,
+                response_deserializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.WatchEngineResponse.FromString,
+                _registered_method=True)
         self.EnsureEngine = channel.unary_unary(
                 '/september.provisioner.v1.ProvisionerService/EnsureEngine',
                 request_serializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.EnsureEngineRequest.SerializeToString,
@@ -76,6 +106,59 @@ class ProvisionerServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StartEngine(self, request, context):
+        """Starts a stopped, sleeping or failed engine and waits until it is healthy.
+        Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND,
+        ENGINE_ALREADY_RUNNING, BACKEND_ERROR, PORT_EXHAUSTION, UNAVAILABLE, BOOT_TIMEOUT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StopEngine(self, request, context):
+        """Stops an engine: SIGTERM, and SIGKILL after 30 seconds. Its data is kept.
+        Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND,
+        ENGINE_NOT_RUNNING, UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SleepEngine(self, request, context):
+        """Freezes a running engine, unless it is at work. Errors: INVALID_REQUEST,
+        INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND, ENGINE_NOT_RUNNING, UNAVAILABLE (it is at work).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WakeEngine(self, request, context):
+        """Wakes a sleeping engine and waits until it is healthy. Errors: INVALID_REQUEST,
+        INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND, ENGINE_ALREADY_RUNNING,
+        ENGINE_NOT_RUNNING (it does not sleep), BACKEND_ERROR, UNAVAILABLE, BOOT_TIMEOUT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RotateEngineKey(self, request, context):
+        """Gives a running engine a new key. The old one goes on working for a minute.
+        Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND,
+        ENGINE_NOT_RUNNING, BACKEND_ERROR, UNAVAILABLE, BOOT_TIMEOUT.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchEngine(self, request, context):
+        """Sends an engine's state and every change of it, the steps of a boot among
+        them, until the caller leaves or the engine is gone. In REST: one JSON object
+        a line. Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND, UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def EnsureEngine(self, request, context):
         """Gets, creates or wakes a user's engine in one idempotent call, for Admission
         when no running engine is known. Internal: it has no REST path and the
@@ -97,6 +180,36 @@ def add_ProvisionerServiceServicer_to_server(servicer, server):
                     servicer.DestroyEngine,
                     request_deserializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.DestroyEngineRequest.FromString,
                     response_serializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.DestroyEngineResponse.SerializeToString,
+            ),
+            'StartEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartEngine,
+                    request_deserializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.StartEngineRequest.FromString,
+                    response_serializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.StartEngineResponse.SerializeToString,
+            ),
+            'StopEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.StopEngine,
+                    request_deserializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.StopEngineRequest.FromString,
+                    response_serializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.StopEngineResponse.SerializeToString,
+            ),
+            'SleepEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.SleepEngine,
+                    request_deserializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.SleepEngineRequest.FromString,
+                    response_serializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.SleepEngineResponse.SerializeToString,
+            ),
+            'WakeEngine': grpc.unary_unary_rpc_method_handler(
+                    servicer.WakeEngine,
+                    request_deserializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.WakeEngineRequest.FromString,
+                    response_serializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.WakeEngineResponse.SerializeToString,
+            ),
+            'RotateEngineKey': grpc.unary_unary_rpc_method_handler(
+                    servicer.RotateEngineKey,
+                    request_deserializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.RotateEngineKeyRequest.FromString,
+                    response_serializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.RotateEngineKeyResponse.SerializeToString,
+            ),
+            'WatchEngine': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchEngine,
+                    request_deserializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.WatchEngineRequest.FromString,
+                    response_serializer=september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.WatchEngineResponse.SerializeToString,
             ),
             'EnsureEngine': grpc.unary_unary_rpc_method_handler(
                     servicer.EnsureEngine,
@@ -160,6 +273,168 @@ class ProvisionerService:
             '/september.provisioner.v1.ProvisionerService/DestroyEngine',
             september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.DestroyEngineRequest.SerializeToString,
             september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.DestroyEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/september.provisioner.v1.ProvisionerService/StartEngine',
+            september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.StartEngineRequest.SerializeToString,
+            september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.StartEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StopEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/september.provisioner.v1.ProvisionerService/StopEngine',
+            september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.StopEngineRequest.SerializeToString,
+            september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.StopEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SleepEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/september.provisioner.v1.ProvisionerService/SleepEngine',
+            september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.SleepEngineRequest.SerializeToString,
+            september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.SleepEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WakeEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/september.provisioner.v1.ProvisionerService/WakeEngine',
+            september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.WakeEngineRequest.SerializeToString,
+            september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.WakeEngineResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RotateEngineKey(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/september.provisioner.v1.ProvisionerService/RotateEngineKey',
+            september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.RotateEngineKeyRequest.SerializeToString,
+            september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.RotateEngineKeyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchEngine(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/september.provisioner.v1.ProvisionerService/WatchEngine',
+            september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.WatchEngineRequest.SerializeToString,
+            september_dot_provisioner_dot_v1_dot_provisioner__service__pb2.WatchEngineResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -28,6 +28,35 @@ class ProvisionerServiceStub:
     """Removes a user's engine with its data, from whatever state it is in. Errors:
     INVALID_REQUEST, INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND, UNAVAILABLE.
     """
+    StartEngine: _aio.UnaryUnaryMultiCallable[_provisioner_service_pb2.StartEngineRequest, _provisioner_service_pb2.StartEngineResponse]
+    """Starts a stopped, sleeping or failed engine and waits until it is healthy.
+    Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND,
+    ENGINE_ALREADY_RUNNING, BACKEND_ERROR, PORT_EXHAUSTION, UNAVAILABLE, BOOT_TIMEOUT.
+    """
+    StopEngine: _aio.UnaryUnaryMultiCallable[_provisioner_service_pb2.StopEngineRequest, _provisioner_service_pb2.StopEngineResponse]
+    """Stops an engine: SIGTERM, and SIGKILL after 30 seconds. Its data is kept.
+    Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND,
+    ENGINE_NOT_RUNNING, UNAVAILABLE.
+    """
+    SleepEngine: _aio.UnaryUnaryMultiCallable[_provisioner_service_pb2.SleepEngineRequest, _provisioner_service_pb2.SleepEngineResponse]
+    """Freezes a running engine, unless it is at work. Errors: INVALID_REQUEST,
+    INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND, ENGINE_NOT_RUNNING, UNAVAILABLE (it is at work).
+    """
+    WakeEngine: _aio.UnaryUnaryMultiCallable[_provisioner_service_pb2.WakeEngineRequest, _provisioner_service_pb2.WakeEngineResponse]
+    """Wakes a sleeping engine and waits until it is healthy. Errors: INVALID_REQUEST,
+    INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND, ENGINE_ALREADY_RUNNING,
+    ENGINE_NOT_RUNNING (it does not sleep), BACKEND_ERROR, UNAVAILABLE, BOOT_TIMEOUT.
+    """
+    RotateEngineKey: _aio.UnaryUnaryMultiCallable[_provisioner_service_pb2.RotateEngineKeyRequest, _provisioner_service_pb2.RotateEngineKeyResponse]
+    """Gives a running engine a new key. The old one goes on working for a minute.
+    Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND,
+    ENGINE_NOT_RUNNING, BACKEND_ERROR, UNAVAILABLE, BOOT_TIMEOUT.
+    """
+    WatchEngine: _aio.UnaryStreamMultiCallable[_provisioner_service_pb2.WatchEngineRequest, _provisioner_service_pb2.WatchEngineResponse]
+    """Sends an engine's state and every change of it, the steps of a boot among
+    them, until the caller leaves or the engine is gone. In REST: one JSON object
+    a line. Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND, UNAVAILABLE.
+    """
     EnsureEngine: _aio.UnaryUnaryMultiCallable[_provisioner_service_pb2.EnsureEngineRequest, _provisioner_service_pb2.EnsureEngineResponse]
     """Gets, creates or wakes a user's engine in one idempotent call, for Admission
     when no running engine is known. Internal: it has no REST path and the
@@ -59,6 +88,71 @@ class ProvisionerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_provisioner_service_pb2.DestroyEngineResponse]:
         """Removes a user's engine with its data, from whatever state it is in. Errors:
         INVALID_REQUEST, INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND, UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def StartEngine(
+        self,
+        request: _provisioner_service_pb2.StartEngineRequest,
+        context: _aio.ServicerContext[_provisioner_service_pb2.StartEngineRequest, _abc.Awaitable[_provisioner_service_pb2.StartEngineResponse]],
+    ) -> _abc.Awaitable[_provisioner_service_pb2.StartEngineResponse]:
+        """Starts a stopped, sleeping or failed engine and waits until it is healthy.
+        Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND,
+        ENGINE_ALREADY_RUNNING, BACKEND_ERROR, PORT_EXHAUSTION, UNAVAILABLE, BOOT_TIMEOUT.
+        """
+
+    @_abc_1.abstractmethod
+    def StopEngine(
+        self,
+        request: _provisioner_service_pb2.StopEngineRequest,
+        context: _aio.ServicerContext[_provisioner_service_pb2.StopEngineRequest, _abc.Awaitable[_provisioner_service_pb2.StopEngineResponse]],
+    ) -> _abc.Awaitable[_provisioner_service_pb2.StopEngineResponse]:
+        """Stops an engine: SIGTERM, and SIGKILL after 30 seconds. Its data is kept.
+        Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND,
+        ENGINE_NOT_RUNNING, UNAVAILABLE.
+        """
+
+    @_abc_1.abstractmethod
+    def SleepEngine(
+        self,
+        request: _provisioner_service_pb2.SleepEngineRequest,
+        context: _aio.ServicerContext[_provisioner_service_pb2.SleepEngineRequest, _abc.Awaitable[_provisioner_service_pb2.SleepEngineResponse]],
+    ) -> _abc.Awaitable[_provisioner_service_pb2.SleepEngineResponse]:
+        """Freezes a running engine, unless it is at work. Errors: INVALID_REQUEST,
+        INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND, ENGINE_NOT_RUNNING, UNAVAILABLE (it is at work).
+        """
+
+    @_abc_1.abstractmethod
+    def WakeEngine(
+        self,
+        request: _provisioner_service_pb2.WakeEngineRequest,
+        context: _aio.ServicerContext[_provisioner_service_pb2.WakeEngineRequest, _abc.Awaitable[_provisioner_service_pb2.WakeEngineResponse]],
+    ) -> _abc.Awaitable[_provisioner_service_pb2.WakeEngineResponse]:
+        """Wakes a sleeping engine and waits until it is healthy. Errors: INVALID_REQUEST,
+        INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND, ENGINE_ALREADY_RUNNING,
+        ENGINE_NOT_RUNNING (it does not sleep), BACKEND_ERROR, UNAVAILABLE, BOOT_TIMEOUT.
+        """
+
+    @_abc_1.abstractmethod
+    def RotateEngineKey(
+        self,
+        request: _provisioner_service_pb2.RotateEngineKeyRequest,
+        context: _aio.ServicerContext[_provisioner_service_pb2.RotateEngineKeyRequest, _abc.Awaitable[_provisioner_service_pb2.RotateEngineKeyResponse]],
+    ) -> _abc.Awaitable[_provisioner_service_pb2.RotateEngineKeyResponse]:
+        """Gives a running engine a new key. The old one goes on working for a minute.
+        Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND,
+        ENGINE_NOT_RUNNING, BACKEND_ERROR, UNAVAILABLE, BOOT_TIMEOUT.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchEngine(
+        self,
+        request: _provisioner_service_pb2.WatchEngineRequest,
+        context: _aio.ServicerContext[_provisioner_service_pb2.WatchEngineRequest, _abc.AsyncIterator[_provisioner_service_pb2.WatchEngineResponse]],
+    ) -> _abc.AsyncIterator[_provisioner_service_pb2.WatchEngineResponse]:
+        """Sends an engine's state and every change of it, the steps of a boot among
+        them, until the caller leaves or the engine is gone. In REST: one JSON object
+        a line. Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND, UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
