@@ -63,6 +63,14 @@ class EngineAlreadyExists(ServiceError):
     code = "ENGINE_ALREADY_EXISTS"
 
 
+class EngineNotRunning(ServiceError):
+    code = "ENGINE_NOT_RUNNING"
+
+
+class EngineAlreadyRunning(ServiceError):
+    code = "ENGINE_ALREADY_RUNNING"
+
+
 class ProductSlugExists(ServiceError):
     code = "PRODUCT_SLUG_EXISTS"
 

@@ -44,6 +44,19 @@ class Instance:
     state: InstanceState
 
 
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What an instance has used since it was started.
+
+    Args:
+        cpu_s: processor time of all its processes, in seconds.
+        network_bytes: bytes received and sent; 0 where the backend can't tell.
+    """
+
+    cpu_s: float
+    network_bytes: int
+
+
 class PortTaken(Exception):
     """The host refuses the spec's port; another one may do."""
 
@@ -80,6 +93,18 @@ class Backend(Protocol):
 
     async def stop(self, engine_id: UUID, *, grace_s: float) -> None:
         """SIGTERM, then SIGKILL after `grace_s` seconds. The instance and its volume are kept."""
+
+    async def freeze(self, engine_id: UUID) -> None:
+        """Stops the running instance where it is, with all of its processes; its memory is kept.
+
+        Nothing is said of an instance that isn't running: look at it afterwards.
+        """
+
+    async def thaw(self, engine_id: UUID) -> None:
+        """Lets a frozen instance go on; one that isn't frozen, or isn't there, is left alone."""
+
+    async def usage(self, engine_id: UUID) -> Usage:
+        """What the instance has used; nothing if it is not there."""
 
     async def remove(self, engine_id: UUID, *, volume: bool) -> None:
         """Removes the instance, by force, and its volume if asked; nothing there is fine."""

@@ -41,3 +41,8 @@ class Engine:
     created_at: datetime
     last_health_at: datetime | None
     port: int | None
+    status_since: datetime
+    status_reason: str | None
+    deep_asleep: bool
+    restart_attempts: int
+    pending_key: bytes | None = field(repr=False)

@@ -15,7 +15,12 @@ class Newborn:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """An open operation on an engine, to be waited for."""
+    """An open operation on an engine, to be waited for.
+
+    `joined` if its end is the caller's answer; otherwise it only stands in the way of what the
+    caller asked for, which has to be asked for again.
+    """
 
     operation_id: UUID
     engine_id: UUID
+    joined: bool = True

@@ -1,6 +1,7 @@
 """Operations: every change of an engine, written down before it is carried out."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from enum import StrEnum
 from uuid import UUID
 
@@ -13,11 +14,14 @@ class OperationKind(StrEnum):
     PROVISION = "provision"
     START = "start"
     WAKE = "wake"
+    # An automatic start of a failed engine.
+    RESTART = "restart"
+    SLEEP = "sleep"
+    # Stops a sleeper to free its memory.
+    DEEP_SLEEP = "deep_sleep"
+    STOP = "stop"
+    ROTATE_KEY = "rotate_key"
     DESTROY = "destroy"
-
-
-BOOTS = frozenset({OperationKind.PROVISION, OperationKind.START, OperationKind.WAKE})
-"""Kinds that end with a running engine, so that a caller who wants one may wait for them."""
 
 
 class Step(StrEnum):
@@ -27,7 +31,13 @@ class Step(StrEnum):
     CREATING = "creating"
     STARTING = "starting"
     PROBING = "probing"
+    STOPPING = "stopping"
     REMOVING = "removing"
+    # All can see that the engine is to sleep; whoever was admitted before is being waited for.
+    ANNOUNCED = "announced"
+    FREEZING = "freezing"
+    # The engine is being told its new key.
+    ROTATING = "rotating"
     # The boot has failed for the reason in the row, and what it made is being taken back.
     UNDOING = "undoing"
 
@@ -35,7 +45,7 @@ class Step(StrEnum):
 class Outcome(StrEnum):
     SUCCEEDED = "succeeded"
     FAILED = "failed"
-    # Gave way to a destroy.
+    # Gave way to what somebody asked for meanwhile.
     CANCELLED = "cancelled"
 
 
@@ -56,15 +66,8 @@ class Operation:
     attempts: int
     error_code: str | None
     error_message: str | None
+    created_at: datetime
     seconds_left: float
-
-
-_FAILURES = {kind.code: kind for kind in (BackendError, BootTimeout, Internal, PortExhaustion, Unavailable)}
-
-
-def failure_of(code: str | None, message: str | None) -> ServiceError | None:
-    """The error that an operation's row tells of, if any."""
-    return None if code is None else _FAILURES[code](message or "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,7 @@ class OpenOperation:
 
     operation_id: UUID
     kind: OperationKind
+    step: str
     unowned: bool
 
 
@@ -91,12 +95,12 @@ class Settled:
         return failure_of(self.error_code, self.error_message)
 
 
-class Ending(StrEnum):
-    """What has become of the engine when its operation ends."""
+_FAILURES = {kind.code: kind for kind in (BackendError, BootTimeout, Internal, PortExhaustion, Unavailable)}
 
-    RUNNING = "running"
-    FAILED = "failed"
-    GONE = "gone"
+
+def failure_of(code: str | None, message: str | None) -> ServiceError | None:
+    """The error that an operation's row tells of, if any."""
+    return None if code is None else _FAILURES[code](message or "")
 
 
 class LeaseLost(Exception):
@@ -104,4 +108,4 @@ class LeaseLost(Exception):
 
 
 class GiveWay(Exception):
-    """A destroy was asked for; stop at the next safe point."""
+    """Something that matters more was asked for; stop at the next safe point."""

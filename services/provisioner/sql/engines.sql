@@ -21,10 +21,47 @@ INSERT INTO engines (engine_id, product_id, user_id, status, image, node, url, e
 VALUES (%(engine_id)s, %(product_id)s, %(user_id)s, 'provisioning', %(image)s, %(node)s, '', %(encrypted_key)s)
 
 -- name: set_status
-UPDATE engines SET status = %(status)s WHERE engine_id = %(engine_id)s
+UPDATE engines SET status = %(status)s, status_reason = %(reason)s WHERE engine_id = %(engine_id)s
 
 -- name: set_running
-UPDATE engines SET status = 'running', last_health_at = clock_timestamp() WHERE engine_id = %(engine_id)s
+UPDATE engines
+SET status = 'running', status_reason = NULL, deep_asleep = false, last_health_at = clock_timestamp(),
+    health_failures = 0, restart_at = NULL
+WHERE engine_id = %(engine_id)s
+
+-- name: set_asleep
+UPDATE engines SET status = 'sleeping', status_reason = %(reason)s, deep_asleep = %(deep)s
+WHERE engine_id = %(engine_id)s
+
+-- name: set_busy
+-- Back from falling asleep: the engine was wanted, or at work.
+UPDATE engines
+SET status = 'running', status_reason = NULL, busy_at = clock_timestamp(), busy_reason = %(reason)s
+WHERE engine_id = %(engine_id)s
+
+-- name: set_failed
+-- The next restart is due after a pause that doubles; none after the last attempt.
+UPDATE engines
+SET status = 'failed', status_reason = %(reason)s,
+    restart_attempts = restart_attempts + %(tried)s,
+    restart_at = CASE WHEN restart_attempts + %(tried)s < %(max_attempts)s THEN
+        clock_timestamp() + make_interval(
+            secs => least(%(backoff_base_s)s * 2.0 ^ (restart_attempts + %(tried)s), %(backoff_max_s)s)) END
+WHERE engine_id = %(engine_id)s
+RETURNING restart_at IS NULL AS given_up
+
+-- name: set_pending_key
+-- Kept if there is one already: the engine may know it.
+UPDATE engines SET pending_key = coalesce(pending_key, %(pending_key)s) WHERE engine_id = %(engine_id)s
+
+-- name: commit_pending_key
+-- The next instance is a new one, because this one was made with the old key's hash.
+UPDATE engines SET encrypted_key = pending_key, pending_key = NULL, generation = generation + 1
+WHERE engine_id = %(engine_id)s AND pending_key IS NOT NULL
+
+-- name: drop_pending_key
+UPDATE engines SET pending_key = NULL, generation = generation + 1
+WHERE engine_id = %(engine_id)s AND pending_key IS NOT NULL
 
 -- name: set_url
 UPDATE engines SET url = %(url)s WHERE engine_id = %(engine_id)s
@@ -55,3 +92,44 @@ DELETE FROM port_leases WHERE engine_id = %(engine_id)s
 INSERT INTO ports_set_aside (node, port, until)
 VALUES (%(node)s, %(port)s, clock_timestamp() + make_interval(secs => %(seconds)s))
 ON CONFLICT (node, port) DO UPDATE SET until = excluded.until
+
+-- name: wanted_since
+-- Whether the engine was admitted to after a moment, or is being kept awake.
+SELECT coalesce(last_admit_at > %(since)s, false) AS admitted,
+    coalesce(keep_awake_until > clock_timestamp(), false) AS held
+FROM engines LEFT JOIN engine_activity USING (engine_id)
+WHERE engine_id = %(engine_id)s
+
+-- name: unflushed_replicas
+-- Replicas that may still have admits from before a moment to tell of. One that was not heard of
+-- for longer than it may go on without the registry has none.
+SELECT count(*) AS replicas FROM admission_replicas
+WHERE flushed_at <= %(since)s AND flushed_at > clock_timestamp() - make_interval(secs => %(stale_ok_s)s)
+
+-- name: idle_engines
+-- Running engines of a node that show no sign of work for as long as their policy says.
+SELECT engines.*, port
+FROM engines
+JOIN products USING (product_id)
+LEFT JOIN engine_activity USING (engine_id)
+LEFT JOIN port_leases USING (engine_id, node)
+WHERE engines.node = %(node)s AND engines.status = 'running' AND idle_sleep_after_s IS NOT NULL
+    AND greatest(status_since, last_admit_at, busy_at) + make_interval(secs => idle_sleep_after_s) < clock_timestamp()
+    AND (keep_awake_until IS NULL OR keep_awake_until < clock_timestamp())
+    AND NOT EXISTS (SELECT FROM operations o WHERE o.engine_id = engines.engine_id AND finished_at IS NULL)
+ORDER BY status_since
+LIMIT %(limit)s
+
+-- name: light_sleepers
+-- Frozen engines of a node that have slept long enough to give their memory back.
+SELECT engines.*, port
+FROM engines LEFT JOIN port_leases USING (engine_id, node)
+WHERE engines.node = %(node)s AND status = 'sleeping' AND NOT deep_asleep
+    AND status_since + make_interval(secs => %(deep_sleep_after_s)s) < clock_timestamp()
+    AND NOT EXISTS (SELECT FROM operations o WHERE o.engine_id = engines.engine_id AND finished_at IS NULL)
+ORDER BY status_since
+LIMIT %(limit)s
+
+-- name: mark_busy
+UPDATE engines SET busy_at = clock_timestamp(), busy_reason = %(reason)s
+WHERE engine_id = %(engine_id)s AND status = 'running'

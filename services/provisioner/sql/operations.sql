@@ -8,13 +8,13 @@ FROM engines WHERE engine_id = %(engine_id)s
 SELECT pg_notify('operations', '')
 
 -- name: open_operation
-SELECT operation_id, kind,
+SELECT operation_id, kind, step,
     quarantined_at IS NOT NULL OR owner IS NULL OR lease_until < clock_timestamp() AS unowned
 FROM operations
 WHERE engine_id = %(engine_id)s AND finished_at IS NULL
 
 -- name: lock_open_operation
-SELECT operation_id, kind,
+SELECT operation_id, kind, step,
     quarantined_at IS NOT NULL OR owner IS NULL OR lease_until < clock_timestamp() AS unowned
 FROM operations
 WHERE engine_id = %(engine_id)s AND finished_at IS NULL
@@ -41,6 +41,7 @@ WHERE operation_id IN (
     FOR UPDATE SKIP LOCKED
 )
 RETURNING operation_id, engine_id, product_id, user_id, kind, step, actor, attempts, error_code, error_message,
+    created_at,
     extract(epoch FROM deadline - clock_timestamp())::double precision AS seconds_left
 
 -- name: renew_leases
@@ -84,8 +85,24 @@ WHERE operation_id = %(operation_id)s
 RETURNING operation_id, kind, outcome, error_code, error_message
 
 -- name: insert_audit_event
--- The outcome is `requested` for an open operation.
-INSERT INTO audit_events (action, actor, outcome, product_id, engine_id, user_id, duration_ms, error_code)
-SELECT kind, actor, coalesce(outcome, 'requested'), product_id, engine_id, user_id,
-    (extract(epoch FROM finished_at - created_at) * 1000)::integer, error_code
+-- The outcome is `requested` for an open operation. Automatic restarts have actions of their own,
+-- one for each thing that may come of them.
+INSERT INTO audit_events (action, actor, outcome, product_id, engine_id, user_id, duration_ms, error_code, detail)
+SELECT
+    CASE kind
+        WHEN 'restart' THEN CASE outcome
+            WHEN 'succeeded' THEN 'auto_restart_success'
+            WHEN 'failed' THEN 'auto_restart_failed'
+            WHEN 'cancelled' THEN 'auto_restart_failed'
+            ELSE 'auto_restart_start' END
+        WHEN 'deep_sleep' THEN 'sleep'
+        ELSE kind END,
+    actor, coalesce(outcome, 'requested'), product_id, engine_id, user_id,
+    (extract(epoch FROM finished_at - created_at) * 1000)::integer, error_code,
+    coalesce(%(detail)s, error_message, CASE WHEN kind = 'deep_sleep' THEN 'stopped to free its memory' END)
+FROM operations WHERE operation_id = %(operation_id)s
+
+-- name: insert_gave_up_event
+INSERT INTO audit_events (action, actor, outcome, product_id, engine_id, user_id, error_code, detail)
+SELECT 'auto_restart_gave_up', actor, 'failed', product_id, engine_id, user_id, error_code, error_message
 FROM operations WHERE operation_id = %(operation_id)s

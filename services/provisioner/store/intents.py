@@ -10,7 +10,8 @@ from uuid import UUID, uuid4
 
 from services.provisioner.domain.engine import DenialReason, Engine, EngineStatus
 from services.provisioner.domain.intent import Newborn, Pending
-from services.provisioner.domain.operation import BOOTS, OpenOperation, OperationKind, Outcome
+from services.provisioner.domain.operation import OpenOperation, OperationKind, Outcome
+from services.provisioner.domain.transitions import BOOTS, TRANSITIONS, YIELDS, check_begin
 from services.provisioner.store.ports import PortAllocator
 from services.provisioner.store.rows import load_sql, to_engine, to_open_operation, to_product
 from services.shared.errors import EngineAlreadyExists, EngineNotFound, PortExhaustion, ProductNotFound, QuotaExceeded
@@ -19,6 +20,9 @@ from services.shared.postgres import Connection, Database
 _ENGINES = load_sql("engines")
 _OPERATIONS = load_sql("operations")
 _PRODUCTS = load_sql("products")
+
+SYSTEM = "system"
+"""Actor of what the platform does by itself."""
 
 
 class IntentStore:
@@ -92,17 +96,65 @@ class IntentStore:
             if operation is None or not may_provision:
                 return DenialReason.ENGINE_NOT_FOUND
             return Pending(operation.operation_id, engine_id)
-        if operation is not None and operation.kind in BOOTS:
+        if operation is not None and (operation.kind in BOOTS or engine.status is EngineStatus.PROVISIONING):
             return Pending(operation.operation_id, engine_id)
         match engine.status:
             case EngineStatus.RUNNING:
                 return engine
             case EngineStatus.SLEEPING if wake and operation is None:
-                return await self._insert_operation(tx, engine_id, OperationKind.WAKE, actor)
+                return await self._begin(tx, engine_id, OperationKind.WAKE, actor)
+            case EngineStatus.SLEEPING if wake and operation is not None:
+                await self._ask_to_yield(tx, operation, actor)
+                return Pending(operation.operation_id, engine_id)
             case EngineStatus.SLEEPING | EngineStatus.STOPPED:
                 return DenialReason.ENGINE_SLEEPING
             case _:
                 return DenialReason.ENGINE_UNHEALTHY
+
+    async def change(self, product_id: UUID, user_id: str, kind: OperationKind, actor: str) -> Pending:
+        """Writes an operation on the user's engine, or finds the one to wait for first.
+
+        An operation of the same kind, or another boot if a boot is asked for, is joined. Any other
+        has to end first; one that only puts the engine to sleep is asked to give way.
+
+        Raises:
+            EngineNotFound, EngineAlreadyRunning, EngineNotRunning: not from the engine's status.
+        """
+        async with self._database.transaction() as tx:
+            engine = await _engine_of_user(tx, product_id, user_id)
+            if engine is None or not await _lock_engine(tx, engine.engine_id):
+                raise EngineNotFound
+            engine = await _engine(tx, engine.engine_id)
+            if engine.status is EngineStatus.DESTROYING:
+                raise EngineNotFound
+            operation = await _open_operation(tx, engine.engine_id, lock=True)
+            if operation is not None:
+                if operation.kind is kind or (operation.kind in BOOTS and kind in BOOTS):
+                    return Pending(operation.operation_id, engine.engine_id)
+                await self._ask_to_yield(tx, operation, actor)
+                return Pending(operation.operation_id, engine.engine_id, joined=False)
+            check_begin(kind, engine.status)
+            return await self._begin(tx, engine.engine_id, kind, actor)
+
+    async def begin(
+        self, engine_id: UUID, kind: OperationKind, expected: EngineStatus, *, reason: str | None = None
+    ) -> Pending | None:
+        """Writes an operation of the platform's own.
+
+        Args:
+            expected: the status that the decision rests on.
+            reason: for the history, why.
+
+        Returns None if the engine is gone or in another status by now, or another operation is
+        open: then that one decides.
+        """
+        async with self._database.transaction() as tx:
+            if not await _lock_engine(tx, engine_id):
+                return None
+            engine = await _engine(tx, engine_id)
+            if engine.status is not expected or await _open_operation(tx, engine_id) is not None:
+                return None
+            return await self._begin(tx, engine_id, kind, SYSTEM, reason)
 
     async def destroy(self, product_id: UUID, user_id: str, actor: str, *, only: UUID | None = None) -> Pending:
         """Marks the engine as being destroyed and writes the operation, whatever its state.
@@ -124,27 +176,26 @@ class IntentStore:
             operation = await _open_operation(tx, engine_id, lock=True)
             if operation is not None and operation.kind is OperationKind.DESTROY:
                 return Pending(operation.operation_id, engine_id)
-            await tx.execute(_ENGINES["set_status"], {"engine_id": engine_id, "status": EngineStatus.DESTROYING})
             if operation is not None and not operation.unowned:
-                await tx.execute(
-                    _OPERATIONS["request_cancel"], {"operation_id": operation.operation_id, "actor": actor}
-                )
-                await tx.execute(_OPERATIONS["notify"])
+                await _set_status(tx, engine_id, EngineStatus.DESTROYING)
+                await _request_cancel(tx, operation.operation_id, actor)
                 return Pending(operation.operation_id, engine_id)
             if operation is not None:
                 await finish_operation(tx, operation.operation_id, Outcome.CANCELLED)
-            return await self._insert_operation(tx, engine_id, OperationKind.DESTROY, actor)
+            return await self._begin(tx, engine_id, OperationKind.DESTROY, actor)
 
-    async def start(self, engine_id: UUID, actor: str) -> Pending | None:
-        """Writes the start of an engine that is not running though its row may say so.
+    async def _ask_to_yield(self, tx: Connection, operation: OpenOperation, actor: str) -> None:
+        if operation.kind in YIELDS:
+            await _request_cancel(tx, operation.operation_id, actor)
 
-        Returns None if the engine is gone or another operation is open: that one decides.
-        """
-        async with self._database.transaction() as tx:
-            if not await _lock_engine(tx, engine_id) or await _open_operation(tx, engine_id) is not None:
-                return None
-            await tx.execute(_ENGINES["set_status"], {"engine_id": engine_id, "status": EngineStatus.PROVISIONING})
-            return await self._insert_operation(tx, engine_id, OperationKind.START, actor)
+    async def _begin(
+        self, tx: Connection, engine_id: UUID, kind: OperationKind, actor: str, reason: str | None = None
+    ) -> Pending:
+        """Writes an operation and the status that its kind has while it is under way."""
+        during = TRANSITIONS[kind].during
+        if (await _engine(tx, engine_id)).status is not during:
+            await _set_status(tx, engine_id, during, reason)
+        return Pending(await insert_operation(tx, engine_id, kind, actor, reason), engine_id)
 
     async def _provision(self, tx: Connection, product_id: UUID, user_id: str, newborn: Newborn, actor: str) -> Pending:
         cursor = await tx.execute(_PRODUCTS["lock_product"], {"product_id": product_id})
@@ -173,16 +224,21 @@ class IntentStore:
             raise PortExhaustion("no port is free for one more engine")
         url = self._url_of(newborn.engine_id, port)
         await tx.execute(_ENGINES["set_url"], {"engine_id": newborn.engine_id, "url": url})
-        return await self._insert_operation(tx, newborn.engine_id, OperationKind.PROVISION, actor)
-
-    async def _insert_operation(self, tx: Connection, engine_id: UUID, kind: OperationKind, actor: str) -> Pending:
-        return Pending(await insert_operation(tx, engine_id, kind, actor), engine_id)
+        return await self._begin(tx, newborn.engine_id, OperationKind.PROVISION, actor)
 
 
-async def insert_operation(tx: Connection, engine_id: UUID, kind: OperationKind, actor: str) -> UUID:
+async def insert_operation(
+    tx: Connection, engine_id: UUID, kind: OperationKind, actor: str, reason: str | None = None
+) -> UUID:
     """Writes an operation with its audit event and wakes the workers at commit; returns its id."""
     operation_id = uuid4()
-    values = {"operation_id": operation_id, "engine_id": engine_id, "kind": kind, "actor": actor}
+    values = {
+        "operation_id": operation_id,
+        "engine_id": engine_id,
+        "kind": kind,
+        "actor": actor,
+        "detail": reason,
+    }
     await tx.execute(_OPERATIONS["insert_operation"], values)
     await tx.execute(_OPERATIONS["insert_audit_event"], values)
     await tx.execute(_OPERATIONS["notify"])
@@ -208,7 +264,7 @@ async def finish_operation(
     )
     row = await cursor.fetchone()
     assert row is not None
-    await tx.execute(_OPERATIONS["insert_audit_event"], {"operation_id": operation_id})
+    await tx.execute(_OPERATIONS["insert_audit_event"], {"operation_id": operation_id, "detail": None})
     await tx.execute(_OPERATIONS["notify"])
     return row
 
@@ -230,6 +286,15 @@ async def _lock_engine(tx: Connection, engine_id: UUID) -> bool:
     """Locks the engine's row; False if it is gone."""
     cursor = await tx.execute(_ENGINES["lock_engine"], {"engine_id": engine_id})
     return await cursor.fetchone() is not None
+
+
+async def _set_status(tx: Connection, engine_id: UUID, status: EngineStatus, reason: str | None = None) -> None:
+    await tx.execute(_ENGINES["set_status"], {"engine_id": engine_id, "status": status, "reason": reason})
+
+
+async def _request_cancel(tx: Connection, operation_id: UUID, actor: str) -> None:
+    await tx.execute(_OPERATIONS["request_cancel"], {"operation_id": operation_id, "actor": actor})
+    await tx.execute(_OPERATIONS["notify"])
 
 
 async def _open_operation(tx: Connection, engine_id: UUID, *, lock: bool = False) -> OpenOperation | None:

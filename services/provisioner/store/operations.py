@@ -4,10 +4,14 @@ Every write names the owner, so that a process that lost its lease changes nothi
 """
 
 from collections.abc import Callable, Collection
+from dataclasses import asdict
+from datetime import datetime
 from uuid import UUID
 
 from services.provisioner.domain.engine import Engine, EngineStatus
-from services.provisioner.domain.operation import Ending, LeaseLost, Operation, OperationKind, Outcome, Settled, Step
+from services.provisioner.domain.operation import LeaseLost, Operation, OperationKind, Outcome, Settled, Step
+from services.provisioner.domain.restarts import RestartPolicy
+from services.provisioner.domain.transitions import TRANSITIONS, YIELDS
 from services.provisioner.store.intents import finish_operation, insert_operation
 from services.provisioner.store.ports import PortAllocator
 from services.provisioner.store.rows import load_sql, to_engine, to_operation, to_settled
@@ -29,6 +33,8 @@ class OperationStore:
         boot_timeout_s: how long a boot may take from its first claim, in seconds.
         ports: gives an engine another port when the host refuses its own.
         url_of: URL of an engine by its id and port.
+        restarts: when a failed engine is started again.
+        stale_ok_s: how long an Admission may go on without the registry, in seconds.
     """
 
     def __init__(
@@ -41,11 +47,15 @@ class OperationStore:
         boot_timeout_s: float,
         ports: PortAllocator,
         url_of: Callable[[UUID, int], str],
+        restarts: RestartPolicy,
+        stale_ok_s: float,
     ) -> None:
         self._database = database
         self._claimant = {"owner": owner, "node": node, "lease_s": lease_s, "boot_timeout_s": boot_timeout_s}
         self._ports = ports
         self._url_of = url_of
+        self._restarts = restarts
+        self._stale_ok_s = stale_ok_s
 
     async def claim(self, limit: int) -> list[Operation]:
         """Takes up to `limit` operations that nobody works on, the longest waiting first."""
@@ -75,9 +85,70 @@ class OperationStore:
             return to_engine(row)
 
     async def engines_of_node(self) -> list[Engine]:
+        return await self._engines("engines_of_node")
+
+    async def _engines(self, query: str, **values: object) -> list[Engine]:
         async with self._database.connection() as connection:
-            cursor = await connection.execute(_ENGINES["engines_of_node"], self._claimant)
+            cursor = await connection.execute(_ENGINES[query], {**self._claimant, **values})
             return [to_engine(row) for row in await cursor.fetchall()]
+
+    async def idle_engines(self, limit: int) -> list[Engine]:
+        """Running engines without a sign of work for as long as their product's policy says."""
+        return await self._engines("idle_engines", limit=limit)
+
+    async def light_sleepers(self, deep_sleep_after_s: float, limit: int) -> list[Engine]:
+        """Frozen engines that have slept for longer than that."""
+        return await self._engines("light_sleepers", deep_sleep_after_s=deep_sleep_after_s, limit=limit)
+
+    async def mark_busy(self, engine_id: UUID, reason: str) -> None:
+        """Notes a sign of work that the engine itself gave."""
+        async with self._database.connection() as connection:
+            await connection.execute(_ENGINES["mark_busy"], {"engine_id": engine_id, "reason": reason})
+
+    async def all_flushed(self, since: datetime) -> bool:
+        """Whether every Admission has told of all that it admitted before this moment."""
+        async with self._database.connection() as connection:
+            cursor = await connection.execute(
+                _ENGINES["unflushed_replicas"], {"since": since, "stale_ok_s": self._stale_ok_s}
+            )
+            row = await cursor.fetchone()
+            return row is not None and row["replicas"] == 0
+
+    async def wanted_since(self, engine_id: UUID, since: datetime) -> str | None:
+        """Why the engine must not sleep, as far as Admission knows: admitted to since, or kept awake."""
+        async with self._database.connection() as connection:
+            cursor = await connection.execute(_ENGINES["wanted_since"], {"engine_id": engine_id, "since": since})
+            row = await cursor.fetchone()
+        if row is None:
+            return None
+        if row["admitted"]:
+            return "it was admitted to"
+        return "it is kept awake" if row["held"] else None
+
+    async def set_pending_key(self, operation: Operation, encrypted_key: bytes) -> None:
+        """Writes the key that the engine is to be given, unless one is written already."""
+        async with self._database.transaction() as tx:
+            await self._hold(tx, operation)
+            values = {"engine_id": operation.engine_id, "pending_key": encrypted_key}
+            await tx.execute(_ENGINES["set_pending_key"], values)
+
+    async def recreate_with_pending_key(self, operation: Operation) -> None:
+        """Commits the pending key for an instance that is yet to be made; until then the engine boots."""
+        async with self._database.transaction() as tx:
+            await self._hold(tx, operation)
+            values = {"engine_id": operation.engine_id, "status": EngineStatus.PROVISIONING, "reason": None}
+            await tx.execute(_ENGINES["commit_pending_key"], values)
+            await tx.execute(_ENGINES["set_status"], values)
+            await tx.execute(
+                _OPERATIONS["set_step"],
+                {
+                    **self._claimant,
+                    "operation_id": operation.operation_id,
+                    "step": Step.CREATING,
+                    "error_code": None,
+                    "error_message": None,
+                },
+            )
 
     async def set_step(self, operation: Operation, step: Step, failure: ServiceError | None = None) -> None:
         """Writes how far the operation is, before the step's effect, and why it failed if it did."""
@@ -112,47 +183,80 @@ class OperationStore:
                 await tx.execute(_ENGINES["set_url"], {"engine_id": engine.engine_id, "url": url})
             return port is not None
 
-    async def finish(
-        self, operation: Operation, ending: Ending, *, error_code: str | None = None, error_message: str | None = None
-    ) -> Settled:
-        """Writes what became of the engine and ends the operation, in one transaction.
+    async def finish(self, operation: Operation, outcome: Outcome, failure: ServiceError | None = None) -> Settled:
+        """Writes what became of the engine, as the table of transitions says, and ends the operation.
 
-        If a destroy was asked for meanwhile, the operation ends as cancelled and the destroy's own
-        operation begins in the same transaction.
+        All in one transaction. If a destroy was asked for meanwhile, the operation ends as
+        cancelled and the destroy's own operation begins.
 
         Raises:
             LeaseLost: another process has taken the operation over; nothing is written.
         """
+        transition = TRANSITIONS[operation.kind]
+        after = transition.success if outcome is Outcome.SUCCEEDED else transition.failure
         async with self._database.transaction() as tx:
             await tx.execute(_ENGINES["lock_engine"], {"engine_id": operation.engine_id})
-            destroyer = await self._hold(tx, operation)
-            outcome = Outcome.SUCCEEDED if error_code is None else Outcome.FAILED
-            if ending is Ending.GONE:
+            canceller = await self._hold(tx, operation)
+            cursor = await tx.execute(_ENGINES["engine"], {"engine_id": operation.engine_id})
+            row = await cursor.fetchone()
+            to_be_destroyed = row is not None and row["status"] == EngineStatus.DESTROYING
+            given_up = False
+            if after is None:
                 await tx.execute(_ENGINES["release_port"], {"engine_id": operation.engine_id})
                 await tx.execute(_ENGINES["delete_engine"], {"engine_id": operation.engine_id})
-            elif destroyer is not None:
-                outcome = Outcome.CANCELLED
-            elif ending is Ending.RUNNING:
-                await tx.execute(_ENGINES["set_running"], {"engine_id": operation.engine_id})
+            elif to_be_destroyed:
+                outcome, failure = Outcome.CANCELLED, None
             else:
-                await tx.execute(
-                    _ENGINES["set_status"], {"engine_id": operation.engine_id, "status": EngineStatus.FAILED}
-                )
-            row = await finish_operation(tx, operation.operation_id, outcome, error_code, error_message)
-            if outcome is Outcome.CANCELLED and destroyer is not None:
-                await insert_operation(tx, operation.engine_id, OperationKind.DESTROY, destroyer)
-        return to_settled(row)
+                given_up = await self._settle_engine(tx, operation, after, outcome, failure)
+            settled = await finish_operation(
+                tx,
+                operation.operation_id,
+                outcome,
+                None if failure is None else failure.code,
+                None if failure is None else failure.message,
+            )
+            if given_up:
+                await tx.execute(_OPERATIONS["insert_gave_up_event"], {"operation_id": operation.operation_id})
+            if to_be_destroyed and after is not None and canceller is not None:
+                await insert_operation(tx, operation.engine_id, OperationKind.DESTROY, canceller)
+        return to_settled(settled)
+
+    async def _settle_engine(
+        self, tx: Connection, operation: Operation, after: EngineStatus, outcome: Outcome, failure: ServiceError | None
+    ) -> bool:
+        """Writes the engine's status after the operation; whether automatic restarts are given up."""
+        reason = None if failure is None else failure.message
+        values: dict[str, object] = {"engine_id": operation.engine_id, "status": after, "reason": reason}
+        kind = operation.kind
+        if kind is OperationKind.SLEEP and after is EngineStatus.RUNNING:
+            await tx.execute(_ENGINES["set_busy"], {**values, "reason": reason or "it was wanted"})
+        elif after is EngineStatus.RUNNING:
+            if kind is OperationKind.ROTATE_KEY:
+                await tx.execute(_ENGINES["commit_pending_key"], values)
+            await tx.execute(_ENGINES["set_running"], values)
+        elif kind in YIELDS:
+            deep = kind is OperationKind.DEEP_SLEEP and outcome is Outcome.SUCCEEDED
+            await tx.execute(_ENGINES["set_asleep"], {**values, "deep": deep})
+        elif after is EngineStatus.FAILED:
+            await tx.execute(_ENGINES["drop_pending_key"], values)
+            tried = 1 if kind is OperationKind.RESTART else 0
+            cursor = await tx.execute(_ENGINES["set_failed"], {**values, **asdict(self._restarts), "tried": tried})
+            row = await cursor.fetchone()
+            return bool(tried and row is not None and row["given_up"])
+        else:
+            await tx.execute(_ENGINES["set_status"], values)
+        return False
 
     async def _hold(self, tx: Connection, operation: Operation) -> str | None:
-        """Locks the operation as its owner; returns who asked it to give way to a destroy, if anybody."""
+        """Locks the operation as its owner; returns who asked it to give way, if anybody."""
         cursor = await tx.execute(
             _OPERATIONS["hold_operation"], {**self._claimant, "operation_id": operation.operation_id}
         )
         row = await cursor.fetchone()
         if row is None:
             raise LeaseLost(operation.operation_id)
-        destroyer: str | None = row["cancelled_by"]
-        return destroyer
+        canceller: str | None = row["cancelled_by"]
+        return canceller
 
     async def _write(self, name: str, operation: Operation, **values: object) -> None:
         async with self._database.connection() as connection:

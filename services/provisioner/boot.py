@@ -1,0 +1,146 @@
+"""Bringing an engine up: create, start, probe until it is healthy."""
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from hashlib import sha256
+
+import structlog
+
+from services.provisioner.backends.base import EngineSpec, Instance, InstanceState, PortTaken
+from services.provisioner.domain.engine import Engine
+from services.provisioner.domain.operation import GiveWay, LeaseLost, Operation, Step
+from services.provisioner.lease import Lease
+from services.provisioner.ports import Backend, EngineClient, OperationLog
+from services.shared.errors import BackendError, BootTimeout, Internal, PortExhaustion, ServiceError, Unavailable
+from services.shared.keys import EngineKeyring
+
+log = structlog.get_logger(__name__)
+
+# A boot taken over after its deadline gets one honest look at the engine before it is undone.
+_LAST_LOOK_S = 2.0
+_FIRST_PAUSE_S = 0.01
+_LONGEST_PAUSE_S = 0.5
+
+
+class Boot:
+    """Args:
+    store: where steps are written.
+    backend: runs the engines.
+    engines: asks engines for their health.
+    keyring: reads engine keys, whose hash each engine is told.
+    passthrough: environment that every engine gets besides.
+    boot_timeout_s: named in the error of a boot that took longer.
+    """
+
+    def __init__(
+        self,
+        store: OperationLog,
+        backend: Backend,
+        engines: EngineClient,
+        keyring: EngineKeyring,
+        *,
+        passthrough: Mapping[str, str],
+        boot_timeout_s: float,
+    ) -> None:
+        self._store = store
+        self._backend = backend
+        self._engines = engines
+        self._keyring = keyring
+        self._passthrough = passthrough
+        self._boot_timeout_s = boot_timeout_s
+
+    async def bring_up(self, operation: Operation, lease: Lease) -> ServiceError | None:
+        """Makes the engine run; returns why it can't be.
+
+        Raises:
+            LeaseLost, GiveWay.
+        """
+        deadline = time.monotonic() + max(operation.seconds_left, _LAST_LOOK_S)
+        pause = _FIRST_PAUSE_S
+        ended_before = False
+        while True:
+            try:
+                await self._attempt(operation, lease, deadline)
+            except PortTaken:
+                log.info("port_taken", engine_id=str(operation.engine_id))
+            except _Ended:
+                # A port that was lost in a race looks like this, and a second start will tell.
+                if ended_before:
+                    return BackendError("the engine ended while it booted")
+                ended_before = True
+            except Unavailable as error:
+                if time.monotonic() + pause > deadline:
+                    return error
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, _LONGEST_PAUSE_S)
+            except ServiceError as error:
+                return error
+            except (LeaseLost, GiveWay):
+                raise
+            except Exception:
+                log.exception("boot_failed", engine_id=str(operation.engine_id))
+                return Internal("the engine could not be booted")
+            else:
+                return None
+
+    async def _attempt(self, operation: Operation, lease: Lease, deadline: float) -> None:
+        engine = await self._store.engine(operation.engine_id)
+        if engine.port is None:
+            raise PortExhaustion("no port is free for one more engine")
+        spec = self._spec(engine, engine.port)
+        instance = await self._backend.inspect(engine.engine_id)
+        lease.check()
+        if instance is not None and instance.state is InstanceState.FROZEN:
+            # Thawed as it is: one of an older generation has the user's work in its memory.
+            spec = replace(spec, generation=instance.generation)
+        else:
+            await self._store.set_step(operation, Step.CREATING)
+            await self._backend.create(spec)
+            lease.check()
+        await self._store.set_step(operation, Step.STARTING)
+        try:
+            await self._backend.start(spec)
+        except PortTaken:
+            lease.check()
+            if not await self._store.swap_port(operation, engine):
+                raise PortExhaustion("no port is free for one more engine") from None
+            raise
+        lease.check()
+        await self._store.set_step(operation, Step.PROBING)
+        await self._probe(engine, lease, deadline)
+
+    async def _probe(self, engine: Engine, lease: Lease, deadline: float) -> None:
+        """Returns once the engine is healthy; the first look is at once."""
+        pause = _FIRST_PAUSE_S
+        while True:
+            health = await self._engines.health(engine.url)
+            # The backend's word as well: something else might answer on the engine's port.
+            if not _runs(await self._backend.inspect(engine.engine_id)):
+                raise _Ended
+            if health.healthy:
+                return
+            lease.check()
+            if time.monotonic() + pause > deadline:
+                raise BootTimeout(f"the engine was not healthy within {self._boot_timeout_s:g} s")
+            await asyncio.sleep(pause)
+            pause = min(pause * 1.5, _LONGEST_PAUSE_S)
+
+    def _spec(self, engine: Engine, port: int) -> EngineSpec:
+        key = self._keyring.decrypt(engine.engine_id, engine.encrypted_key)
+        return EngineSpec(
+            engine_id=engine.engine_id,
+            generation=engine.generation,
+            image=engine.image,
+            port=port,
+            environment={**self._passthrough, "ENGINE_KEY_HASH": sha256(key.encode()).hexdigest()},
+        )
+
+
+def _runs(instance: Instance | None) -> bool:
+    return instance is not None and instance.state is InstanceState.RUNNING
+
+
+class _Ended(Exception):
+    """The instance is not running any more."""
