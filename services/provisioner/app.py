@@ -12,27 +12,34 @@ from september.provisioner.v1 import product_service_pb2_grpc, provisioner_servi
 from services.provisioner.backends.base import Backend, InstanceState
 from services.provisioner.backends.docker import DockerBackend
 from services.provisioner.backends.process import ProcessBackend
+from services.provisioner.boot import Boot
+from services.provisioner.domain.restarts import RestartPolicy
+from services.provisioner.engine_client import HttpEngineClient
 from services.provisioner.execution import Executor
+from services.provisioner.key_rotation import KeyRotation
 from services.provisioner.lifecycle import Lifecycle
 from services.provisioner.loops.operation_watch import OperationWatch
 from services.provisioner.loops.operation_worker import OperationWorker
-from services.provisioner.probe import HttpProber
+from services.provisioner.loops.sleeper import Sleeper
 from services.provisioner.products import Products
 from services.provisioner.recovery import recover
 from services.provisioner.servicers.authorization import AuthorizationInterceptor
 from services.provisioner.servicers.product import ProductServicer
 from services.provisioner.servicers.provisioner import ProvisionerServicer
 from services.provisioner.settings import BackendKind, ProvisionerSettings, UrlMode
+from services.provisioner.sleep import FallAsleep
 from services.provisioner.store.installation import installation_id
 from services.provisioner.store.intents import IntentStore
+from services.provisioner.store.loop_leases import LoopLease
 from services.provisioner.store.migrations import migrate
 from services.provisioner.store.operations import OperationStore
 from services.provisioner.store.ports import PortAllocator
 from services.provisioner.store.products import ProductStore
+from services.provisioner.watching import Watching
 from services.shared import embedded_postgres
 from services.shared.grpc_server import GrpcServer
 from services.shared.keys import EngineKeyring
-from services.shared.loops import supervise
+from services.shared.loops import Broadcast, supervise
 from services.shared.postgres import Database
 from services.shared.service import background
 
@@ -61,22 +68,35 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         stack.push_async_callback(backend.close)
         if settings.stop_engines_on_exit:
             stack.push_async_callback(_stop_engines, backend)
-        prober = HttpProber(settings.health_check_timeout_s)
-        await prober.open()
-        stack.push_async_callback(prober.close)
+        engines = HttpEngineClient(settings.health_check_timeout_s)
+        await engines.open()
+        stack.push_async_callback(engines.close)
 
         keyring = EngineKeyring(settings.master_keys())
         ports = PortAllocator(settings.node, range(settings.port_min, settings.port_max + 1))
         url_of = _network_url if settings.engine_url_mode is UrlMode.NETWORK else _host_url
+        owner = uuid4()
         intents = IntentStore(database, node=settings.node, ports=ports, url_of=url_of)
         operations = OperationStore(
             database,
-            owner=uuid4(),
+            owner=owner,
             node=settings.node,
             lease_s=settings.operation_lease_s,
             boot_timeout_s=settings.boot_timeout_s,
             ports=ports,
             url_of=url_of,
+            restarts=RestartPolicy(
+                settings.restart_backoff_base_s, settings.restart_backoff_max_s, settings.restart_max_attempts
+            ),
+            stale_ok_s=settings.stale_ok_s,
+        )
+        boot = Boot(
+            operations,
+            backend,
+            engines,
+            keyring,
+            passthrough={name: os.environ[name] for name in settings.engine_env_passthrough if name in os.environ},
+            boot_timeout_s=settings.boot_timeout_s,
         )
         watch = OperationWatch(operations)
         worker = OperationWorker(
@@ -84,10 +104,9 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
             Executor(
                 operations,
                 backend,
-                prober,
-                keyring,
-                passthrough={name: os.environ[name] for name in settings.engine_env_passthrough if name in os.environ},
-                boot_timeout_s=settings.boot_timeout_s,
+                boot,
+                FallAsleep(operations, backend, engines),
+                KeyRotation(operations, backend, boot, engines, keyring),
             ),
             concurrency=settings.boot_concurrency,
             lease_s=settings.operation_lease_s,
@@ -95,16 +114,36 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         )
         lifecycle = Lifecycle(intents, watch, keyring, image=settings.image, boot_timeout_s=settings.boot_timeout_s)
 
+        sleeper = Sleeper(
+            operations,
+            intents,
+            backend,
+            engines,
+            LoopLease(database, "sleeper", owner).leads,
+            interval_s=settings.sleep_check_interval_s,
+            deep_sleep_after_s=settings.deep_sleep_after_s,
+        )
+
+        changes = Broadcast()
+
         def wake() -> None:
             worker.wake()
             watch.wake()
+            changes.give()
 
         await recover(backend, operations, intents)
         await stack.enter_async_context(
-            background(supervise(worker=worker.run(), watch=watch.run(), listener=database.listen("operations", wake)))
+            background(
+                supervise(
+                    worker=worker.run(),
+                    watch=watch.run(),
+                    listener=database.listen("operations", wake),
+                    sleeper=sleeper.run(),
+                )
+            )
         )
         provisioner_service_pb2_grpc.add_ProvisionerServiceServicer_to_server(
-            ProvisionerServicer(lifecycle, keyring), server.server
+            ProvisionerServicer(lifecycle, Watching(intents, changes), keyring), server.server
         )
         product_service_pb2_grpc.add_ProductServiceServicer_to_server(ProductServicer(products), server.server)
         await server.start()

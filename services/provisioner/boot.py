@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import sha256
+from itertools import count
 
 import structlog
 
@@ -109,12 +110,12 @@ class Boot:
             raise
         lease.check()
         await self._store.set_step(operation, Step.PROBING)
-        await self._probe(engine, lease, deadline)
+        await self._probe(operation, engine, lease, deadline)
 
-    async def _probe(self, engine: Engine, lease: Lease, deadline: float) -> None:
+    async def _probe(self, operation: Operation, engine: Engine, lease: Lease, deadline: float) -> None:
         """Returns once the engine is healthy; the first look is at once."""
         pause = _FIRST_PAUSE_S
-        while True:
+        for probes in count(1):
             health = await self._engines.health(engine.url)
             # The backend's word as well: something else might answer on the engine's port.
             if not _runs(await self._backend.inspect(engine.engine_id)):
@@ -122,6 +123,7 @@ class Boot:
             if health.healthy:
                 return
             lease.check()
+            await self._store.set_probes(operation, probes)
             if time.monotonic() + pause > deadline:
                 raise BootTimeout(f"the engine was not healthy within {self._boot_timeout_s:g} s")
             await asyncio.sleep(pause)

@@ -11,9 +11,10 @@ from uuid import UUID, uuid4
 
 from services.provisioner.domain.engine import DenialReason, Engine
 from services.provisioner.domain.intent import Newborn, Pending
-from services.provisioner.domain.operation import Outcome, Settled
+from services.provisioner.domain.operation import OperationKind, Outcome, Settled
 from services.provisioner.domain.policy import check_image
 from services.provisioner.domain.product import Product
+from services.provisioner.execution import STOP_GRACE_S
 from services.shared.errors import BootTimeout, EngineNotFound, Unavailable
 from services.shared.keys import EngineKeyring, new_engine_key
 from services.shared.user_id import check_user_id
@@ -75,7 +76,7 @@ class Lifecycle:
         pending = await self._written(
             self._intents.provision(product.product_id, user_id, self._newborn(image), _actor(product))
         )
-        outcome = await self._booted(pending, self._boot_deadline())
+        outcome = await self._ended(pending, self._boot_deadline())
         engine = await self._intents.engine_of_user(product.product_id, user_id)
         if outcome is not Outcome.SUCCEEDED or engine is None or engine.engine_id != pending.engine_id:
             raise Unavailable("user_id: the engine was destroyed while it booted")
@@ -103,8 +104,65 @@ class Lifecycle:
             )
             if not isinstance(answer, Pending):
                 return answer
-            await self._booted(answer, deadline)
+            await self._ended(answer, deadline)
 
+    async def start(self, product: Product, user_id: str) -> Engine:
+        """Starts the user's stopped, sleeping or failed engine and waits until it is healthy.
+
+        Raises:
+            InvalidRequest, EngineNotFound, EngineAlreadyRunning, BackendError, PortExhaustion,
+            BootTimeout, Unavailable.
+        """
+        return await self._changed(product, user_id, OperationKind.START)
+
+    async def wake(self, product: Product, user_id: str) -> Engine:
+        """Wakes the user's sleeping engine and waits until it is healthy.
+
+        Raises:
+            InvalidRequest, EngineNotFound, EngineAlreadyRunning, EngineNotRunning, BackendError,
+            PortExhaustion, BootTimeout, Unavailable.
+        """
+        return await self._changed(product, user_id, OperationKind.WAKE)
+
+    async def stop(self, product: Product, user_id: str) -> Engine:
+        """Stops the user's engine; its data is kept.
+
+        Raises:
+            InvalidRequest, EngineNotFound, EngineNotRunning, Unavailable.
+        """
+        return await self._changed(product, user_id, OperationKind.STOP)
+
+    async def sleep(self, product: Product, user_id: str) -> Engine:
+        """Freezes the user's running engine.
+
+        Raises:
+            InvalidRequest, EngineNotFound, EngineNotRunning; Unavailable: it is at work.
+        """
+        return await self._changed(product, user_id, OperationKind.SLEEP)
+
+    async def rotate_key(self, product: Product, user_id: str) -> Engine:
+        """Gives the user's running engine a new key; returns the engine with it.
+
+        Raises:
+            InvalidRequest, EngineNotFound, EngineNotRunning, BackendError, BootTimeout, Unavailable.
+        """
+        return await self._changed(product, user_id, OperationKind.ROTATE_KEY)
+
+    async def _changed(self, product: Product, user_id: str, kind: OperationKind) -> Engine:
+        check_user_id(user_id)
+        deadline = self._boot_deadline() + STOP_GRACE_S
+        while True:
+            pending = await self._written(self._intents.change(product.product_id, user_id, kind, _actor(product)))
+            outcome = await self._ended(pending, deadline)
+            if pending.joined and outcome is Outcome.SUCCEEDED:
+                break
+            # Something stood in the way, or this gave way to something else: ask again.
+        engine = await self._intents.engine_of_user(product.product_id, user_id)
+        if engine is None or engine.engine_id != pending.engine_id:
+            raise EngineNotFound
+        return engine
+
+    async def change(self, product_id: UUID, user_id: str, kind: OperationKind, actor: str) -> Pending: ...
     async def destroy(self, product: Product, user_id: str) -> UUID:
         """Removes the user's engine with its data, whatever its state; returns its id.
 
@@ -133,14 +191,14 @@ class Lifecycle:
     def _boot_deadline(self) -> float:
         return time.monotonic() + self._boot_timeout_s + _UNDO_S
 
-    async def _booted(self, pending: Pending, deadline: float) -> Outcome | None:
-        """Waits for the operation's end and raises what it failed with."""
+    async def _ended(self, pending: Pending, deadline: float) -> Outcome | None:
+        """Waits for the operation's end; raises what it failed with, if that is the caller's answer."""
         try:
             settled = await self._watch.wait(pending.operation_id, deadline - time.monotonic())
         except TimeoutError as error:
             raise BootTimeout("the engine is still booting; call again to join the boot") from error
         failure = settled.failure()
-        if failure is not None:
+        if failure is not None and (pending.joined or settled.outcome is None):
             raise failure
         return settled.outcome
 

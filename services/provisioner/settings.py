@@ -59,6 +59,24 @@ class ProvisionerSettings(CommonSettings):
     health_check_timeout_s: float = Field(
         10, gt=0, le=300, description="How long an engine may take to answer a probe."
     )
+    health_check_interval_s: float = Field(
+        30, ge=1, le=3600, description="Seconds between two probes of a running engine."
+    )
+    health_max_failures: int = Field(
+        3, ge=1, le=100, description="Failed probes in a row after which an engine is failed."
+    )
+    restart_backoff_base_s: float = Field(5, ge=0.1, le=3600, description="Pause before the first automatic restart.")
+    restart_backoff_max_s: float = Field(300, ge=0.1, le=86400, description="Longest pause between automatic restarts.")
+    restart_max_attempts: int = Field(
+        8, ge=1, le=100, description="Automatic restarts after which an engine is given up."
+    )
+    reconcile_interval_s: float = Field(
+        60, ge=1, le=3600, description="Seconds between two comparisons of the registry with what exists."
+    )
+    sleep_check_interval_s: float = Field(5, ge=0.1, le=3600, description="Seconds between two looks for idle engines.")
+    deep_sleep_after_s: float = Field(
+        3600, ge=1, le=31_536_000, description="Seconds of sleep after which an engine is stopped to free its memory."
+    )
     operation_lease_s: float = Field(
         5, ge=1, le=300, description="Time after which another Provisioner takes over the work of one that died."
     )

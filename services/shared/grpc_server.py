@@ -1,8 +1,10 @@
 """A gRPC server as both services run it: errors, request ids, health, limits, shutdown."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from inspect import isasyncgenfunction
+from typing import Any, TypeAlias, cast
 from uuid import uuid4
 
 import grpc
@@ -64,41 +66,80 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
         continuation: Continuation,
         handler_call_details: grpc.HandlerCallDetails,
     ) -> "Handler | None":
-        handler = await continuation(handler_call_details)
-        if handler is None or handler.unary_unary is None:
-            return handler
+        handler: Any = await continuation(handler_call_details)
         method = handler_call_details.method
+        if handler is None:
+            return None
+        parse, serialize = handler.request_deserializer, handler.response_serializer
+        if handler.unary_unary is not None:
 
-        async def behaviour(request: bytes, context: Context) -> Any:
-            request_id = next(iter(metadata_values(context, "x-request-id")), None) or str(uuid4())
-            with structlog.contextvars.bound_contextvars(request_id=request_id, method=method):
-                code, status = await self._answer(handler, request, context, request_id)
-                if code is grpc.StatusCode.OK:
-                    return status
-                await context.abort(code, status.message, (("grpc-status-details-bin", status.SerializeToString()),))
+            async def unary(request: bytes, context: Context) -> Any:
+                async with _answered(method, context):
+                    return await handler.unary_unary(_parsed(parse, request), context)
 
-        return grpc.unary_unary_rpc_method_handler(behaviour, None, handler.response_serializer)
+            return grpc.unary_unary_rpc_method_handler(unary, None, serialize)
+        if not isasyncgenfunction(handler.unary_stream):
+            # The health service's, which answers by itself.
+            return cast("Handler", handler)
 
-    async def _answer(
-        self, handler: Any, request: bytes, context: Context, request_id: str
-    ) -> tuple[grpc.StatusCode, Any]:
+        async def stream(request: bytes, context: Context) -> AsyncIterator[Any]:
+            async with _answered(method, context):
+                async for message in handler.unary_stream(_parsed(parse, request), context):
+                    yield message
+
+        return cast("Handler", grpc.unary_stream_rpc_method_handler(cast(Any, stream), None, serialize))
+
+
+def guarded(handler: Any, guard: Callable[[Context], Awaitable[None]]) -> "Handler":
+    """The handler behind a guard, which lets a call through or raises."""
+
+    async def unary(request: Any, context: Context) -> Any:
+        await guard(context)
+        return await handler.unary_unary(request, context)
+
+    async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+        await guard(context)
+        async for message in handler.unary_stream(request, context):
+            yield message
+
+    parse, serialize = handler.request_deserializer, handler.response_serializer
+    if handler.unary_unary is not None:
+        return grpc.unary_unary_rpc_method_handler(unary, parse, serialize)
+    return cast("Handler", grpc.unary_stream_rpc_method_handler(cast(Any, stream), parse, serialize))
+
+
+def _parsed(parse: Any, request: bytes) -> Any:
+    try:
+        return parse(request)
+    except DecodeError as error:
+        raise InvalidRequest("the message is malformed") from error
+
+
+@asynccontextmanager
+async def _answered(method: str, context: Context) -> AsyncIterator[None]:
+    """Ends the call with the status of whatever the block raises."""
+    request_id = next(iter(metadata_values(context, "x-request-id")), None) or str(uuid4())
+    with structlog.contextvars.bound_contextvars(request_id=request_id, method=method):
         try:
-            try:
-                message = handler.request_deserializer(request)
-            except DecodeError as error:
-                raise InvalidRequest("the message is malformed") from error
-            return grpc.StatusCode.OK, await handler.unary_unary(message, context)
+            yield
+            return
         except ServiceError as error:
             log.info("call_refused", code=error.code, message=error.message)
-            return to_status(error.code, error.message, error.retry_after_s)
+            code, status = to_status(error.code, error.message, error.retry_after_s)
         except asyncio.CancelledError:
             if context.cancelled() or asyncio.current_task().cancelling():  # type: ignore[union-attr]
                 raise
             # Raised inside the handler, not by the caller's going away: unanswered, the caller would hang.
             log.exception("call_cancelled_inside")
+            code, status = _internal(request_id)
         except Exception:
             log.exception("call_failed")
-        return to_status("INTERNAL", f"internal error; request id {request_id}")
+            code, status = _internal(request_id)
+        await context.abort(code, status.message, (("grpc-status-details-bin", status.SerializeToString()),))
+
+
+def _internal(request_id: str) -> tuple[grpc.StatusCode, Status]:
+    return to_status("INTERNAL", f"internal error; request id {request_id}")
 
 
 def metadata_values(context: Context, key: str) -> list[str]:

@@ -1,7 +1,8 @@
 """Background work of a service."""
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 
@@ -30,6 +31,27 @@ async def supervise(**loops: Coroutine[Any, Any, None]) -> NoReturn:
         for name, loop in loops.items():
             group.create_task(guarded(name, loop), name=name)
     raise LoopEnded("no loop was given")
+
+
+class Broadcast:
+    """Pulses for everybody who listens at the moment."""
+
+    def __init__(self) -> None:
+        self._listeners: set[Pulse] = set()
+
+    def give(self) -> None:
+        for listener in self._listeners:
+            listener.give()
+
+    @contextmanager
+    def listener(self) -> Iterator["Pulse"]:
+        """A pulse that is given with every broadcast within the block."""
+        pulse = Pulse()
+        self._listeners.add(pulse)
+        try:
+            yield pulse
+        finally:
+            self._listeners.discard(pulse)
 
 
 class Pulse:

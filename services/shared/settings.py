@@ -37,6 +37,9 @@ class CommonSettings(StorageSettings):
     master_key: Annotated[SecretStr, AfterValidator(_fernet_keys)] = Field(
         description="Fernet keys for engine keys, separated by commas: the first encrypts, all decrypt."
     )
+    stale_ok_s: float = Field(
+        300, ge=1, le=86_400, description="How long Admission may go on admitting without the registry, in seconds."
+    )
     boot_timeout_s: float = Field(60, gt=0, le=3600, description="How long an engine may take to become healthy.")
     log_level: str = Field("INFO", pattern="^(DEBUG|INFO|WARNING|ERROR)$", description="Lowest level that is logged.")
 

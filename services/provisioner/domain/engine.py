@@ -26,6 +26,15 @@ class DenialReason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Sighting:
+    """How an engine is at a moment; `operation` and `step` are empty if nothing is being done to it."""
+
+    status: EngineStatus
+    operation: str
+    step: str
+
+
+@dataclass(frozen=True, slots=True)
 class Engine:
     """One row of `engines`, with its port."""
 

@@ -16,7 +16,8 @@ from uuid import UUID
 import structlog
 
 from services.provisioner.domain.operation import LeaseLost, Operation, Settled
-from services.provisioner.execution import Executor, Lease
+from services.provisioner.execution import Executor
+from services.provisioner.lease import Lease
 from services.shared.errors import Unavailable
 from services.shared.loops import Pulse
 

@@ -2,13 +2,12 @@
 
 from contextvars import ContextVar
 from enum import Enum, auto
-from typing import Any
 
 import grpc
 
 from services.provisioner.domain.product import Product
 from services.provisioner.products import Products
-from services.shared.grpc_server import Context, Continuation, Handler, metadata_values
+from services.shared.grpc_server import Context, Continuation, Handler, guarded, metadata_values
 
 
 class Role(Enum):
@@ -24,6 +23,12 @@ ROLES = {
     "/grpc.health.v1.Health/Watch": Role.ANYONE,
     _PROVISIONER + "ProvisionEngine": Role.PRODUCT,
     _PROVISIONER + "DestroyEngine": Role.PRODUCT,
+    _PROVISIONER + "StartEngine": Role.PRODUCT,
+    _PROVISIONER + "StopEngine": Role.PRODUCT,
+    _PROVISIONER + "SleepEngine": Role.PRODUCT,
+    _PROVISIONER + "WakeEngine": Role.PRODUCT,
+    _PROVISIONER + "RotateEngineKey": Role.PRODUCT,
+    _PROVISIONER + "WatchEngine": Role.PRODUCT,
     _PROVISIONER + "EnsureEngine": Role.PRODUCT,
     _PRODUCT + "RegisterProduct": Role.ADMIN,
     _PRODUCT + "UpdatePolicy": Role.ADMIN,
@@ -52,15 +57,13 @@ class AuthorizationInterceptor(grpc.aio.ServerInterceptor):
         role = ROLES.get(handler_call_details.method)
         if role is Role.ANYONE:
             return handler
-        if role is None or handler is None or handler.unary_unary is None:
+        if role is None or handler is None:
             return None
-        call: Any = handler.unary_unary
 
-        async def behaviour(request: Any, context: Context) -> Any:
+        async def authorize(context: Context) -> None:
             if role is Role.ADMIN:
                 self._products.authenticate_admin(metadata_values(context, "x-admin-key"))
             else:
                 _caller.set(await self._products.authenticate(metadata_values(context, "x-platform-key")))
-            return await call(request, context)
 
-        return grpc.unary_unary_rpc_method_handler(behaviour, handler.request_deserializer, handler.response_serializer)
+        return guarded(handler, authorize)

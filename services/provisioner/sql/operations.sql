@@ -52,9 +52,27 @@ WHERE operation_id = ANY(%(operation_ids)s) AND owner = %(owner)s AND finished_a
 RETURNING operation_id, cancelled_by IS NOT NULL AS cancelled
 
 -- name: set_step
-UPDATE operations
-SET step = %(step)s, error_code = %(error_code)s, error_message = %(error_message)s
-WHERE operation_id = %(operation_id)s AND owner = %(owner)s AND finished_at IS NULL
+WITH changed AS (
+    UPDATE operations
+    SET step = %(step)s, error_code = %(error_code)s, error_message = %(error_message)s, probes = 0
+    WHERE operation_id = %(operation_id)s AND owner = %(owner)s AND finished_at IS NULL
+    RETURNING operation_id
+)
+SELECT pg_notify('operations', '') FROM changed
+
+-- name: set_probes
+WITH changed AS (
+    UPDATE operations SET probes = %(probes)s
+    WHERE operation_id = %(operation_id)s AND owner = %(owner)s AND finished_at IS NULL
+    RETURNING operation_id
+)
+SELECT pg_notify('operations', '') FROM changed
+
+-- name: sighting
+-- How an engine is at this moment; no row once it is gone.
+SELECT status, kind, CASE WHEN step = 'probing' THEN 'probing ' || probes ELSE step END AS step
+FROM engines LEFT JOIN operations ON operations.engine_id = engines.engine_id AND finished_at IS NULL
+WHERE engines.engine_id = %(engine_id)s
 
 -- name: release_operation
 -- Given back unfinished: to go on elsewhere, or here after a pause.

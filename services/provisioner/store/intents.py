@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import Any
 from uuid import UUID, uuid4
 
-from services.provisioner.domain.engine import DenialReason, Engine, EngineStatus
+from services.provisioner.domain.engine import DenialReason, Engine, EngineStatus, Sighting
 from services.provisioner.domain.intent import Newborn, Pending
 from services.provisioner.domain.operation import OpenOperation, OperationKind, Outcome
 from services.provisioner.domain.transitions import BOOTS, TRANSITIONS, YIELDS, check_begin
@@ -46,6 +46,13 @@ class IntentStore:
     async def engine_of_user(self, product_id: UUID, user_id: str) -> Engine | None:
         async with self._database.connection() as connection:
             return await _engine_of_user(connection, product_id, user_id)
+
+    async def sighting(self, engine_id: UUID) -> Sighting | None:
+        """How the engine is at this moment; None once it is gone."""
+        async with self._database.connection() as connection:
+            cursor = await connection.execute(_OPERATIONS["sighting"], {"engine_id": engine_id})
+            row = await cursor.fetchone()
+        return None if row is None else Sighting(EngineStatus(row["status"]), row["kind"] or "", row["step"] or "")
 
     async def provision(self, product_id: UUID, user_id: str, newborn: Newborn, actor: str) -> Pending:
         """Writes the engine's row, port and operation, under the product's lock.
@@ -95,7 +102,7 @@ class IntentStore:
         if engine.status is EngineStatus.DESTROYING:
             if operation is None or not may_provision:
                 return DenialReason.ENGINE_NOT_FOUND
-            return Pending(operation.operation_id, engine_id)
+            return Pending(operation.operation_id, engine_id, joined=False)
         if operation is not None and (operation.kind in BOOTS or engine.status is EngineStatus.PROVISIONING):
             return Pending(operation.operation_id, engine_id)
         match engine.status:
@@ -105,7 +112,7 @@ class IntentStore:
                 return await self._begin(tx, engine_id, OperationKind.WAKE, actor)
             case EngineStatus.SLEEPING if wake and operation is not None:
                 await self._ask_to_yield(tx, operation, actor)
-                return Pending(operation.operation_id, engine_id)
+                return Pending(operation.operation_id, engine_id, joined=False)
             case EngineStatus.SLEEPING | EngineStatus.STOPPED:
                 return DenialReason.ENGINE_SLEEPING
             case _:

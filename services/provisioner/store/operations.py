@@ -160,6 +160,10 @@ class OperationStore:
             error_message=None if failure is None else failure.message,
         )
 
+    async def set_probes(self, operation: Operation, probes: int) -> None:
+        """Writes how many probes the boot has made."""
+        await self._write("set_probes", operation, probes=probes)
+
     async def release(self, operation: Operation, pause_s: float) -> None:
         """Gives the operation back unfinished; nobody takes it up for `pause_s` seconds."""
         await self._write("release_operation", operation, pause_s=pause_s)

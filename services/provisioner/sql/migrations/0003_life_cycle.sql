@@ -40,6 +40,9 @@ $$;
 CREATE TRIGGER engines_status_since BEFORE UPDATE OF status ON engines
     FOR EACH ROW WHEN (OLD.status IS DISTINCT FROM NEW.status) EXECUTE FUNCTION touch_status();
 
+-- Probes that a boot has made so far.
+ALTER TABLE operations ADD COLUMN probes integer NOT NULL DEFAULT 0;
+
 -- What Admission knows of use, flushed in bulk. A table of its own, so that admits do not write engines.
 CREATE TABLE engine_activity (
     engine_id uuid PRIMARY KEY REFERENCES engines ON DELETE CASCADE,
