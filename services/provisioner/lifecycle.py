@@ -34,6 +34,7 @@ class Intents(Protocol):
     async def ensure(
         self, product_id: UUID, user_id: str, newborn: Newborn | None, actor: str, *, auto_wake: bool
     ) -> Engine | DenialReason | Pending: ...
+    async def change(self, product_id: UUID, user_id: str, kind: OperationKind, actor: str) -> Pending: ...
     async def destroy(self, product_id: UUID, user_id: str, actor: str, *, only: UUID | None = None) -> Pending: ...
 
 
@@ -156,13 +157,14 @@ class Lifecycle:
             outcome = await self._ended(pending, deadline)
             if pending.joined and outcome is Outcome.SUCCEEDED:
                 break
+            if pending.joined and kind is OperationKind.SLEEP:
+                raise Unavailable("user_id: the engine stays awake: it is wanted", retry_after_s=30)
             # Something stood in the way, or this gave way to something else: ask again.
         engine = await self._intents.engine_of_user(product.product_id, user_id)
         if engine is None or engine.engine_id != pending.engine_id:
             raise EngineNotFound
         return engine
 
-    async def change(self, product_id: UUID, user_id: str, kind: OperationKind, actor: str) -> Pending: ...
     async def destroy(self, product: Product, user_id: str) -> UUID:
         """Removes the user's engine with its data, whatever its state; returns its id.
 
@@ -196,7 +198,7 @@ class Lifecycle:
         try:
             settled = await self._watch.wait(pending.operation_id, deadline - time.monotonic())
         except TimeoutError as error:
-            raise BootTimeout("the engine is still booting; call again to join the boot") from error
+            raise BootTimeout("the operation on the engine is still under way; call again to join it") from error
         failure = settled.failure()
         if failure is not None and (pending.joined or settled.outcome is None):
             raise failure

@@ -80,14 +80,14 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             return grpc.unary_unary_rpc_method_handler(unary, None, serialize)
         if not isasyncgenfunction(handler.unary_stream):
             # The health service's, which answers by itself.
-            return cast("Handler", handler)
+            return handler
 
         async def stream(request: bytes, context: Context) -> AsyncIterator[Any]:
             async with _answered(method, context):
                 async for message in handler.unary_stream(_parsed(parse, request), context):
                     yield message
 
-        return cast("Handler", grpc.unary_stream_rpc_method_handler(cast(Any, stream), None, serialize))
+        return grpc.unary_stream_rpc_method_handler(cast(Any, stream), None, serialize)
 
 
 def guarded(handler: Any, guard: Callable[[Context], Awaitable[None]]) -> "Handler":
@@ -105,7 +105,7 @@ def guarded(handler: Any, guard: Callable[[Context], Awaitable[None]]) -> "Handl
     parse, serialize = handler.request_deserializer, handler.response_serializer
     if handler.unary_unary is not None:
         return grpc.unary_unary_rpc_method_handler(unary, parse, serialize)
-    return cast("Handler", grpc.unary_stream_rpc_method_handler(cast(Any, stream), parse, serialize))
+    return grpc.unary_stream_rpc_method_handler(cast(Any, stream), parse, serialize)
 
 
 def _parsed(parse: Any, request: bytes) -> Any:
