@@ -1,5 +1,6 @@
 """What a product may do, and how a policy is read from untyped JSON."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +10,9 @@ from services.shared.errors import InvalidRequest, PolicyDenied
 
 _MAX_ENGINES = 1_000_000
 _MAX_RATE_LIMIT_RPM = 1_000_000
+_MAX_IDLE_SLEEP_AFTER_S = 31_536_000
+_MAX_KEEP_AWAKE_S = 604_800
+DEFAULT_KEEP_AWAKE_S = 3600
 _MAX_GLOBS = 100
 # Names, tags and digests of images as Docker takes them, and dotted names of modules.
 _IMAGE = re.compile(r"[a-z0-9][a-zA-Z0-9._/:@-]{0,254}")
@@ -23,11 +27,15 @@ class Policy:
         max_engines: most engines in all states together.
         rate_limit_rpm: most admits in any 60 seconds; None for no limit.
         allowed_images: globs of images; none means the repository of the platform's own image.
+        idle_sleep_after_s: seconds without a sign of work until an engine is put to sleep; None for never.
+        max_keep_awake_s: most seconds for which an admit may keep an engine awake.
     """
 
     max_engines: int
     rate_limit_rpm: int | None
     allowed_images: tuple[str, ...]
+    idle_sleep_after_s: int | None = None
+    max_keep_awake_s: int = DEFAULT_KEEP_AWAKE_S
 
 
 def parse_policy(fields: Mapping[str, object]) -> Policy:
@@ -39,20 +47,27 @@ def parse_policy(fields: Mapping[str, object]) -> Policy:
     Raises:
         InvalidRequest: naming the field.
     """
-    known = {"max_engines", "rate_limit_rpm", "allowed_images"}
+    known = {field.name for field in dataclasses.fields(Policy)}
     for name in fields:
         if name not in known:
             raise InvalidRequest(f"policy.{name[:64]}: unknown field; the fields are {', '.join(sorted(known))}")
     if "max_engines" not in fields:
         raise InvalidRequest("policy.max_engines: required")
-    rate_limit_rpm = fields.get("rate_limit_rpm")
     return Policy(
         max_engines=_whole_number("max_engines", fields["max_engines"], 0, _MAX_ENGINES),
-        rate_limit_rpm=None
-        if rate_limit_rpm is None
-        else _whole_number("rate_limit_rpm", rate_limit_rpm, 1, _MAX_RATE_LIMIT_RPM),
+        rate_limit_rpm=_optional_number("rate_limit_rpm", fields.get("rate_limit_rpm"), 1, _MAX_RATE_LIMIT_RPM),
         allowed_images=_globs("allowed_images", fields.get("allowed_images", [])),
+        idle_sleep_after_s=_optional_number(
+            "idle_sleep_after_s", fields.get("idle_sleep_after_s"), 1, _MAX_IDLE_SLEEP_AFTER_S
+        ),
+        max_keep_awake_s=_whole_number(
+            "max_keep_awake_s", fields.get("max_keep_awake_s", DEFAULT_KEEP_AWAKE_S), 0, _MAX_KEEP_AWAKE_S
+        ),
     )
+
+
+def _optional_number(name: str, value: object, low: int, high: int) -> int | None:
+    return None if value is None else _whole_number(name, value, low, high)
 
 
 def _whole_number(name: str, value: object, low: int, high: int) -> int:

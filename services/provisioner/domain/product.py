@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from datetime import datetime
 from uuid import UUID
 
 from services.provisioner.domain.policy import Policy
@@ -17,7 +18,21 @@ class Product:
     policy: Policy
 
 
+@dataclass(frozen=True, slots=True)
+class Registration:
+    """A product as operators see it; its keys are refused since `disabled_at`, if that is set."""
+
+    product: Product
+    created_at: datetime
+    disabled_at: datetime | None
+
+
+def is_slug(text: str) -> bool:
+    """Whether this can name a product."""
+    return _SLUG.fullmatch(text) is not None
+
+
 def check_slug(slug: str) -> None:
     """Raises `InvalidRequest` if this can't name a product."""
-    if not _SLUG.fullmatch(slug):
+    if not is_slug(slug):
         raise InvalidRequest("slug: must be 1 to 63 lower-case letters, digits and hyphens, beginning with a letter")

@@ -32,6 +32,11 @@ ROLES = {
     _PROVISIONER + "EnsureEngine": Role.PRODUCT,
     _PRODUCT + "RegisterProduct": Role.ADMIN,
     _PRODUCT + "UpdatePolicy": Role.ADMIN,
+    _PRODUCT + "ListProducts": Role.ADMIN,
+    _PRODUCT + "GetProduct": Role.ADMIN,
+    _PRODUCT + "RotatePlatformKey": Role.ADMIN,
+    _PRODUCT + "DisableProduct": Role.ADMIN,
+    _PRODUCT + "EnableProduct": Role.ADMIN,
 }
 
 _caller: ContextVar[Product] = ContextVar("caller")

@@ -1,5 +1,6 @@
 """ProductService over gRPC."""
 
+from dataclasses import asdict
 from typing import Any
 
 from google.protobuf.json_format import MessageToDict
@@ -8,7 +9,10 @@ from grpc.aio import ServicerContext
 from september.provisioner.v1 import product_pb2
 from september.provisioner.v1 import product_service_pb2 as pb
 from september.provisioner.v1.product_service_pb2_grpc import ProductServiceServicer
+from services.provisioner.domain.policy import Policy
+from services.provisioner.domain.product import Registration
 from services.provisioner.products import Products
+from services.provisioner.servicers.timestamps import to_timestamp
 
 
 class ProductServicer(ProductServiceServicer):
@@ -25,14 +29,54 @@ class ProductServicer(ProductServiceServicer):
         self, request: pb.UpdatePolicyRequest, context: ServicerContext[Any, Any]
     ) -> pb.UpdatePolicyResponse:
         policy = await self._products.update_policy(request.product_id, _policy_fields(request))
-        return pb.UpdatePolicyResponse(
-            policy=product_pb2.Policy(
-                max_engines=policy.max_engines,
-                rate_limit_rpm=policy.rate_limit_rpm,
-                allowed_images=policy.allowed_images,
-            )
+        return pb.UpdatePolicyResponse(policy=_policy_message(policy))
+
+    async def ListProducts(
+        self, request: pb.ListProductsRequest, context: ServicerContext[Any, Any]
+    ) -> pb.ListProductsResponse:
+        limit = request.limit if request.HasField("limit") else None
+        products, next_page_token = await self._products.page(limit, request.page_token)
+        return pb.ListProductsResponse(
+            products=[_product_message(product) for product in products], next_page_token=next_page_token
         )
+
+    async def GetProduct(
+        self, request: pb.GetProductRequest, context: ServicerContext[Any, Any]
+    ) -> pb.GetProductResponse:
+        return pb.GetProductResponse(product=_product_message(await self._products.get(request.product_id)))
+
+    async def RotatePlatformKey(
+        self, request: pb.RotatePlatformKeyRequest, context: ServicerContext[Any, Any]
+    ) -> pb.RotatePlatformKeyResponse:
+        key = await self._products.rotate_key(request.product_id, request.grace_s)
+        return pb.RotatePlatformKeyResponse(platform_api_key=key)
+
+    async def DisableProduct(
+        self, request: pb.DisableProductRequest, context: ServicerContext[Any, Any]
+    ) -> pb.DisableProductResponse:
+        product = await self._products.set_disabled(request.product_id, True)
+        return pb.DisableProductResponse(product=_product_message(product))
+
+    async def EnableProduct(
+        self, request: pb.EnableProductRequest, context: ServicerContext[Any, Any]
+    ) -> pb.EnableProductResponse:
+        product = await self._products.set_disabled(request.product_id, False)
+        return pb.EnableProductResponse(product=_product_message(product))
 
 
 def _policy_fields(request: pb.RegisterProductRequest | pb.UpdatePolicyRequest) -> dict[str, object] | None:
     return MessageToDict(request.policy) if request.HasField("policy") else None
+
+
+def _policy_message(policy: Policy) -> product_pb2.Policy:
+    return product_pb2.Policy(**asdict(policy))
+
+
+def _product_message(registration: Registration) -> product_pb2.Product:
+    return product_pb2.Product(
+        product_id=str(registration.product.product_id),
+        slug=registration.product.slug,
+        policy=_policy_message(registration.product.policy),
+        created_at=to_timestamp(registration.created_at),
+        disabled_at=to_timestamp(registration.disabled_at),
+    )

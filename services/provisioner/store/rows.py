@@ -15,7 +15,7 @@ from services.provisioner.domain.operation import (
     Step,
 )
 from services.provisioner.domain.policy import Policy
-from services.provisioner.domain.product import Product
+from services.provisioner.domain.product import Product, Registration
 from services.shared import queries
 
 
@@ -46,12 +46,13 @@ def to_settled(row: Mapping[str, Any]) -> Settled:
 
 
 def to_product(row: Mapping[str, Any]) -> Product:
+    policy = {field.name: row[field.name] for field in fields(Policy)}
     return Product(
         product_id=row["product_id"],
         slug=row["slug"],
-        policy=Policy(
-            max_engines=row["max_engines"],
-            rate_limit_rpm=row["rate_limit_rpm"],
-            allowed_images=tuple(row["allowed_images"]),
-        ),
+        policy=Policy(**(policy | {"allowed_images": tuple(row["allowed_images"])})),
     )
+
+
+def to_registration(row: Mapping[str, Any]) -> Registration:
+    return Registration(product=to_product(row), created_at=row["created_at"], disabled_at=row["disabled_at"])

@@ -1,0 +1,15 @@
+-- name: hold
+-- Taken when it is free, and renewed when it is ours. The clock is read after the wait for the row,
+-- and of two who want a free lease the second finds it taken.
+INSERT INTO loop_leases (name, owner, term, lease_until)
+VALUES (%(name)s, %(owner)s, 1, clock_timestamp() + make_interval(secs => %(lease_s)s))
+ON CONFLICT (name) DO UPDATE
+SET owner = excluded.owner,
+    term = loop_leases.term + (loop_leases.owner <> excluded.owner)::integer,
+    lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s)
+WHERE loop_leases.owner = excluded.owner OR loop_leases.lease_until <= clock_timestamp()
+RETURNING term
+
+-- name: release
+-- The row stays, and its term with it: a term that begins anew would let an old holder pass for the new one.
+UPDATE loop_leases SET lease_until = '-infinity' WHERE name = %(name)s AND owner = %(owner)s
