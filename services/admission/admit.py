@@ -3,12 +3,23 @@
 from collections.abc import Sequence
 from typing import Protocol
 
+from services.admission.activity import Activity
 from services.admission.domain import Admitted, Decision, DenialReason, Denied, Engine, EngineStatus, Product
 from services.admission.ratelimit import Limiter
 from services.admission.registry import Registry
-from services.shared.errors import EngineNotFound, InvalidPlatformKey
+from services.shared.errors import (
+    EngineNotFound,
+    InvalidPlatformKey,
+    InvalidRequest,
+    QuotaExceeded,
+    RateLimited,
+    ServiceError,
+)
 from services.shared.keys import platform_key_hash
 from services.shared.user_id import check_user_id
+
+# Errors that keep a user out though nothing is wrong.
+_DENIALS = frozenset({RateLimited.code, QuotaExceeded.code})
 
 
 class Provisioner(Protocol):
@@ -32,12 +43,14 @@ class Admission:
     registry: what is known of products and engines.
     limiter: grants a product's admits.
     provisioner: makes and wakes engines.
+    activity: takes note of what was decided.
     """
 
-    def __init__(self, registry: Registry, limiter: Limiter, provisioner: Provisioner) -> None:
+    def __init__(self, registry: Registry, limiter: Limiter, provisioner: Provisioner, activity: Activity) -> None:
         self._registry = registry
         self._limiter = limiter
         self._provisioner = provisioner
+        self._activity = activity
 
     async def admit(
         self,
@@ -46,6 +59,7 @@ class Admission:
         *,
         auto_provision: bool,
         auto_wake: bool,
+        keep_awake_s: int = 0,
         timeout_s: float | None = None,
     ) -> Decision:
         """Decides whether a user goes in. Idempotent, and safe on every request of the user.
@@ -58,6 +72,7 @@ class Admission:
             user_id: the product's own id of the user.
             auto_provision: make the engine if there is none.
             auto_wake: wake the engine if it sleeps.
+            keep_awake_s: seconds in which the engine is not put to sleep; cut to what the policy allows.
             timeout_s: how long the caller waits, in seconds; None if it did not say.
 
         Raises:
@@ -65,17 +80,44 @@ class Admission:
         """
         product = await self._authenticate(platform_keys)
         check_user_id(user_id)
-        await self._limiter.take(product)
-        engine = await self._registry.engine(product.product_id, user_id)
-        if engine is not None and engine.status is EngineStatus.RUNNING:
-            return Admitted(engine)
+        if keep_awake_s < 0:
+            raise InvalidRequest("keep_awake_s: must not be negative")
+        keep_awake_s = min(keep_awake_s, product.max_keep_awake_s)
+        try:
+            await self._limiter.take(product)
+            decision = await self._known(product, user_id, keep_awake_s, auto_provision, auto_wake)
+            if decision is None:
+                answer = await self._provisioner.ensure(
+                    platform_keys[0], user_id, auto_provision=auto_provision, auto_wake=auto_wake, timeout_s=timeout_s
+                )
+                if isinstance(answer, Engine):
+                    self._activity.admitted(answer.engine_id, keep_awake_s)
+                    decision = Admitted(answer)
+                else:
+                    decision = Denied(answer)
+        except ServiceError as error:
+            if error.code in _DENIALS:
+                self._activity.denied(product.product_id, error.code)
+            raise
+        if isinstance(decision, Denied):
+            self._activity.denied(product.product_id, decision.reason)
+        return decision
+
+    async def _known(
+        self, product: Product, user_id: str, keep_awake_s: int, auto_provision: bool, auto_wake: bool
+    ) -> Decision | None:
+        """What the registry alone decides; None if the Provisioner is to be asked.
+
+        No sleep comes between the look and the note: whoever wants the engine to sleep waits for
+        the decisions that are under way.
+        """
+        with self._activity.deciding():
+            engine = await self._registry.engine(product.product_id, user_id)
+            if engine is not None and engine.status is EngineStatus.RUNNING:
+                self._activity.admitted(engine.engine_id, keep_awake_s)
+                return Admitted(engine)
         denial = _denial(engine, auto_provision=auto_provision, auto_wake=auto_wake)
-        if denial is not None:
-            return Denied(denial)
-        answer = await self._provisioner.ensure(
-            platform_keys[0], user_id, auto_provision=auto_provision, auto_wake=auto_wake, timeout_s=timeout_s
-        )
-        return Admitted(answer) if isinstance(answer, Engine) else Denied(answer)
+        return None if denial is None else Denied(denial)
 
     async def engine(self, platform_keys: Sequence[str], user_id: str) -> Engine:
         """A user's engine as it is.
@@ -101,7 +143,7 @@ def _denial(engine: Engine | None, *, auto_provision: bool, auto_wake: bool) -> 
     """Why a user without a running engine may not go in; None if the Provisioner is to be asked."""
     if engine is None or engine.status is EngineStatus.DESTROYING:
         return None if auto_provision else DenialReason.ENGINE_NOT_FOUND
-    if engine.booting:
+    if engine.booting or engine.status is EngineStatus.PROVISIONING:
         return None
     if engine.status is EngineStatus.SLEEPING and auto_wake:
         return None

@@ -3,10 +3,12 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from uuid import uuid4
 
 import structlog
 
 from september.admission.v1 import admission_service_pb2_grpc
+from services.admission.activity import ActivityLog
 from services.admission.admit import Admission
 from services.admission.provisioner_client import ProvisionerClient
 from services.admission.ratelimit import SqlLimiter
@@ -16,7 +18,9 @@ from services.admission.settings import AdmissionSettings
 from services.shared import embedded_postgres
 from services.shared.grpc_server import GrpcServer
 from services.shared.keys import EngineKeyring
+from services.shared.loops import supervise
 from services.shared.postgres import Database
+from services.shared.service import background
 
 log = structlog.get_logger(__name__)
 
@@ -40,8 +44,12 @@ async def serve(settings: AdmissionSettings) -> AsyncIterator[int]:
         await provisioner.open()
         stack.push_async_callback(provisioner.close)
 
+        activity = ActivityLog(database, uuid4())
+        await activity.open()
+        stack.push_async_callback(activity.close)
         registry = SqlRegistry(database, EngineKeyring(settings.master_keys()))
-        admission = Admission(registry, SqlLimiter(database), provisioner)
+        admission = Admission(registry, SqlLimiter(database), provisioner, activity)
+        await stack.enter_async_context(background(supervise(activity=activity.run())))
 
         admission_service_pb2_grpc.add_AdmissionServiceServicer_to_server(AdmissionServicer(admission), server.server)
         await server.start()

@@ -31,6 +31,7 @@ class Product:
 
     product_id: UUID
     rate_limit_rpm: int | None
+    max_keep_awake_s: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ class SqlRegistry:
         async with self._database.connection() as connection:
             cursor = await connection.execute(SQL["product_by_key"], {"key_hash": key_hash})
             row = await cursor.fetchone()
-        return None if row is None else Product(row["product_id"], row["rate_limit_rpm"])
+        return None if row is None else Product(row["product_id"], row["rate_limit_rpm"], row["max_keep_awake_s"])
 
     async def engine(self, product_id: UUID, user_id: str) -> Engine | None:
         async with self._database.connection() as connection:

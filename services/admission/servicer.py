@@ -26,6 +26,7 @@ class AdmissionServicer(AdmissionServiceServicer):
             request.user_id,
             auto_provision=request.auto_provision,
             auto_wake=request.auto_wake,
+            keep_awake_s=request.keep_awake_s,
             timeout_s=context.time_remaining(),
         )
         if isinstance(decision, Admitted):

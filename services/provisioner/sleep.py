@@ -76,7 +76,7 @@ class FallAsleep:
         work = work_between(before, await self._backend.usage(engine.engine_id))
         if work is not None:
             return work
-        wanted = await self._store.wanted_since(engine.engine_id, operation.created_at)
+        wanted = await self._store.wanted(operation)
         if wanted is not None:
             return wanted
         lease.check()

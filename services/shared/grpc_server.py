@@ -79,8 +79,8 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
 
             return grpc.unary_unary_rpc_method_handler(unary, None, serialize)
         if not isasyncgenfunction(handler.unary_stream):
-            # The health service's, which answers by itself.
-            return handler
+            health_handler: Handler = handler  # which answers by itself
+            return health_handler
 
         async def stream(request: bytes, context: Context) -> AsyncIterator[Any]:
             async with _answered(method, context):

@@ -12,7 +12,7 @@ from docker import APIClient
 from docker.errors import APIError, NotFound
 from docker.utils import kwargs_from_env
 
-from services.provisioner.backends.base import EngineSpec, Instance, InstanceState, PortTaken
+from services.provisioner.backends.base import EngineSpec, Instance, InstanceState, PortTaken, Usage
 from services.provisioner.backends.docker_errors import (
     is_conflict,
     is_not_paused,
@@ -105,6 +105,15 @@ class DockerBackend:
         await self._run(lambda: self._signal(engine_id, "SIGTERM"), engine_id)
         await await_exit(self.inspect, engine_id, grace_s=grace_s)
         await self._run(lambda: self._signal(engine_id, "SIGKILL"), engine_id)
+
+    async def freeze(self, engine_id: UUID) -> None:
+        await self._run(lambda: self._freeze(engine_id), engine_id)
+
+    async def thaw(self, engine_id: UUID) -> None:
+        await self._run(lambda: self._thaw_engine(engine_id), engine_id)
+
+    async def usage(self, engine_id: UUID) -> Usage:
+        return await self._run(lambda: self._usage(engine_id), engine_id)
 
     async def remove(self, engine_id: UUID, *, volume: bool) -> None:
         await self._run(lambda: self._remove(engine_id, volume=volume), engine_id)
@@ -208,6 +217,31 @@ class DockerBackend:
                     raise
             if found.instance.state is InstanceState.FROZEN:
                 self._thaw(found.id)
+
+    def _freeze(self, engine_id: UUID) -> None:
+        found = self._look(engine_id)
+        if found is not None and found.instance is not None and found.instance.state is InstanceState.RUNNING:
+            try:
+                self._api.pause(found.id)
+            except APIError as exc:
+                if not is_conflict(exc):  # It has not ended, or been frozen, meanwhile.
+                    raise
+
+    def _thaw_engine(self, engine_id: UUID) -> None:
+        found = self._look(engine_id)
+        if found is not None and found.instance is not None and found.instance.state is InstanceState.FROZEN:
+            self._thaw(found.id)
+
+    def _usage(self, engine_id: UUID) -> Usage:
+        found = self._look(engine_id)
+        if found is None or found.instance is None:
+            return Usage(cpu_s=0, network_bytes=0)
+        stats = self._api.stats(found.id, stream=False, one_shot=True)
+        networks = stats.get("networks") or {}
+        return Usage(
+            cpu_s=stats["cpu_stats"]["cpu_usage"]["total_usage"] / 1e9,
+            network_bytes=sum(one["rx_bytes"] + one["tx_bytes"] for one in networks.values()),
+        )
 
     def _thaw(self, container_id: str) -> None:
         try:

@@ -104,6 +104,22 @@ class EngineProcesses:
         self._seen = found
         return found
 
+    def signal_all(self, engine_id: UUID, signum: signal.Signals) -> None:
+        """To every process of the engine."""
+        for one in self._scan():
+            if one.engine_id == engine_id:
+                one.signal(signum)
+
+    def cpu_s(self, engine_id: UUID) -> float:
+        """Seconds of processor time that the engine and its children have used."""
+        total = 0.0
+        for one in self._scan():
+            if one.engine_id == engine_id:
+                with suppress(psutil.NoSuchProcess):
+                    times = one.process.cpu_times()
+                    total += times.user + times.system
+        return total
+
     def kill(self, engine_id: UUID, timeout_s: float) -> None:
         """Ends every process of the engine, also children that outlived it or left its session.
 

@@ -4,12 +4,13 @@ import os
 import re
 import signal
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
 
-from services.provisioner.backends.base import EngineSpec, Instance, InstanceState, PortTaken
+from services.provisioner.backends.base import EngineSpec, Instance, InstanceState, PortTaken, Usage
 from services.provisioner.backends.engine_directory import (
     EngineDirectory,
     Marker,
@@ -24,6 +25,7 @@ from services.shared.errors import BackendError, Unavailable
 
 T = TypeVar("T")
 
+_PAUSE_S = 0.002
 _MODULE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*(\.[A-Za-z_][A-Za-z0-9_]*)*")
 _ROOT = Path(__file__).resolve().parents[3]
 
@@ -81,6 +83,15 @@ class ProcessBackend:
         if await self._run(lambda: self._terminate(engine_id), engine_id):
             await await_exit(self.inspect, engine_id, grace_s=grace_s)
             await self._run(lambda: self._stop(engine_id), engine_id)
+
+    async def freeze(self, engine_id: UUID) -> None:
+        await self._run(lambda: self._freeze(engine_id), engine_id)
+
+    async def thaw(self, engine_id: UUID) -> None:
+        await self._run(lambda: self._processes.signal_all(engine_id, signal.SIGCONT), engine_id)
+
+    async def usage(self, engine_id: UUID) -> Usage:
+        return Usage(cpu_s=await self._run(lambda: self._processes.cpu_s(engine_id), engine_id), network_bytes=0)
 
     async def remove(self, engine_id: UUID, *, volume: bool) -> None:
         await self._run(lambda: self._remove(engine_id, volume=volume), engine_id)
@@ -162,6 +173,14 @@ class ProcessBackend:
         if spawned and (found := self._processes.find(engine_id)):
             return _running(found)
         return _silent(engine_id, marker)
+
+    def _freeze(self, engine_id: UUID) -> None:
+        with self._directory(engine_id).locked(self._timeout_s):
+            self._processes.signal_all(engine_id, signal.SIGSTOP)
+            # The signal has been sent, not obeyed.
+            deadline = time.monotonic() + self._timeout_s
+            while (found := self._processes.find(engine_id)) and not found.frozen and time.monotonic() < deadline:
+                time.sleep(_PAUSE_S)
 
     def _terminate(self, engine_id: UUID) -> bool:
         found = self._processes.find(engine_id)

@@ -93,12 +93,22 @@ INSERT INTO ports_set_aside (node, port, until)
 VALUES (%(node)s, %(port)s, clock_timestamp() + make_interval(secs => %(seconds)s))
 ON CONFLICT (node, port) DO UPDATE SET until = excluded.until
 
--- name: wanted_since
--- Whether the engine was admitted to after a moment, or is being kept awake.
-SELECT coalesce(last_admit_at > %(since)s, false) AS admitted,
+-- name: wanted
+-- Whether the engine was admitted to since its sleep was decided, or is being kept awake. The
+-- platform's own decision rested on how long the engine had been idle before; by request it is
+-- only not put to sleep under those who have just been let in.
+SELECT
+    coalesce(last_admit_at > operations.created_at - make_interval(
+        secs => CASE actor WHEN 'system' THEN coalesce(idle_sleep_after_s, 0) ELSE 1 END), false) AS admitted,
     coalesce(keep_awake_until > clock_timestamp(), false) AS held
-FROM engines LEFT JOIN engine_activity USING (engine_id)
-WHERE engine_id = %(engine_id)s
+FROM operations
+JOIN products USING (product_id)
+LEFT JOIN engine_activity USING (engine_id)
+WHERE operation_id = %(operation_id)s
+
+-- name: note_admit
+INSERT INTO engine_activity (engine_id, last_admit_at) VALUES (%(engine_id)s, clock_timestamp())
+ON CONFLICT (engine_id) DO UPDATE SET last_admit_at = excluded.last_admit_at
 
 -- name: unflushed_replicas
 -- Replicas that may still have admits from before a moment to tell of. One that was not heard of

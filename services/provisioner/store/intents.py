@@ -107,6 +107,8 @@ class IntentStore:
             return Pending(operation.operation_id, engine_id)
         match engine.status:
             case EngineStatus.RUNNING:
+                # Under the engine's lock: a sleep that is decided from now on knows of it.
+                await tx.execute(_ENGINES["note_admit"], {"engine_id": engine_id})
                 return engine
             case EngineStatus.SLEEPING if wake and operation is None:
                 return await self._begin(tx, engine_id, OperationKind.WAKE, actor)

@@ -114,10 +114,10 @@ class OperationStore:
             row = await cursor.fetchone()
             return row is not None and row["replicas"] == 0
 
-    async def wanted_since(self, engine_id: UUID, since: datetime) -> str | None:
-        """Why the engine must not sleep, as far as Admission knows: admitted to since, or kept awake."""
+    async def wanted(self, operation: Operation) -> str | None:
+        """Why the engine must not sleep, as far as Admission knows: admitted to, or kept awake."""
         async with self._database.connection() as connection:
-            cursor = await connection.execute(_ENGINES["wanted_since"], {"engine_id": engine_id, "since": since})
+            cursor = await connection.execute(_ENGINES["wanted"], {"operation_id": operation.operation_id})
             row = await cursor.fetchone()
         if row is None:
             return None

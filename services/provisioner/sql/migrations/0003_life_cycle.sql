@@ -120,25 +120,15 @@ CREATE TABLE audit_events (
     PRIMARY KEY (event_id, at)
 ) PARTITION BY RANGE (at);
 CREATE INDEX audit_events_product ON audit_events (product_id, event_id);
+CREATE INDEX audit_events_product_action ON audit_events (product_id, action, event_id);
 CREATE INDEX audit_events_user ON audit_events (product_id, user_id, event_id) WHERE user_id IS NOT NULL;
 CREATE INDEX audit_events_action ON audit_events (action, event_id);
-CREATE INDEX audit_events_hour ON audit_events (product_id, at, action, outcome) INCLUDE (duration_ms);
-
--- Makes the partitions of this month and the next; whoever calls it first each month makes one.
-CREATE FUNCTION make_audit_partitions() RETURNS void LANGUAGE plpgsql SET timezone = 'UTC' AS $$
-DECLARE
-    month timestamptz;
-BEGIN
-    FOR i IN 0..1 LOOP
-        month := date_trunc('month', clock_timestamp()) + make_interval(months => i);
-        EXECUTE format(
-            'CREATE TABLE IF NOT EXISTS %I PARTITION OF audit_events FOR VALUES FROM (%L) TO (%L)',
-            'audit_events_' || to_char(month, 'YYYY_MM'), month, month + interval '1 month');
-    END LOOP;
-END
-$$;
-SELECT make_audit_partitions();
--- Catches what no month has, so that a forgotten partition never stops an operation.
+-- What the metrics of the past hour count, of one product and of all.
+CREATE INDEX audit_events_product_hour ON audit_events (product_id, at) INCLUDE (action, duration_ms)
+    WHERE action IN ('health_failed', 'auto_restart_start') OR (action = 'provision' AND outcome = 'succeeded');
+CREATE INDEX audit_events_hour ON audit_events (at) INCLUDE (action, duration_ms)
+    WHERE action IN ('health_failed', 'auto_restart_start') OR (action = 'provision' AND outcome = 'succeeded');
+-- Catches what no month has, so that a forgotten month never stops an operation.
 CREATE TABLE audit_events_other PARTITION OF audit_events DEFAULT;
 
 INSERT INTO audit_events (at, action, actor, outcome, product_id, engine_id, user_id, duration_ms, error_code)
@@ -153,8 +143,63 @@ END
 $$;
 CREATE TRIGGER audit_events_append_only BEFORE UPDATE OR DELETE ON audit_events
     FOR EACH ROW EXECUTE FUNCTION refuse_change();
+-- Partitions have the row triggers of their table, but not this one.
 CREATE TRIGGER audit_events_no_truncate BEFORE TRUNCATE ON audit_events
     FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
+CREATE TRIGGER audit_events_no_truncate BEFORE TRUNCATE ON audit_events_other
+    FOR EACH STATEMENT EXECUTE FUNCTION refuse_change();
+
+-- Makes the partitions of this month, of the next, and of every month that the default partition
+-- has caught, whose events move there. The lock is for others who do the same, not for writers.
+CREATE FUNCTION make_audit_partitions() RETURNS SETOF text LANGUAGE plpgsql SET timezone = 'UTC' AS $$
+DECLARE
+    month timestamptz;
+    part text;
+BEGIN
+    LOCK TABLE audit_events IN SHARE UPDATE EXCLUSIVE MODE;
+    -- As an array: a table that a query is reading can't be altered.
+    FOREACH month IN ARRAY ARRAY(
+        SELECT date_trunc('month', clock_timestamp()) + make_interval(months => i) FROM generate_series(0, 1) AS i
+        UNION SELECT date_trunc('month', at) FROM audit_events_other)
+    LOOP
+        part := 'audit_events_' || to_char(month, 'YYYY_MM');
+        CONTINUE WHEN to_regclass(part) IS NOT NULL;
+        EXECUTE format('CREATE TABLE %I (LIKE audit_events INCLUDING DEFAULTS)', part);
+        -- From here until the end nobody writes to the default partition.
+        ALTER TABLE audit_events_other DISABLE TRIGGER USER;
+        EXECUTE format(
+            'WITH moved AS (DELETE FROM audit_events_other WHERE at >= %L AND at < %L RETURNING *)'
+            ' INSERT INTO %I SELECT * FROM moved', month, month + interval '1 month', part);
+        ALTER TABLE audit_events_other ENABLE TRIGGER USER;
+        EXECUTE format(
+            'ALTER TABLE audit_events ATTACH PARTITION %I FOR VALUES FROM (%L) TO (%L)',
+            part, month, month + interval '1 month');
+        EXECUTE format(
+            'CREATE TRIGGER audit_events_no_truncate BEFORE TRUNCATE ON %I'
+            ' FOR EACH STATEMENT EXECUTE FUNCTION refuse_change()', part);
+        RETURN NEXT part;
+    END LOOP;
+END
+$$;
+
+-- Drops the months that ended longer ago than events are kept. Writers wait for it, so it waits for
+-- no more than a moment itself.
+CREATE FUNCTION drop_audit_partitions(p_kept interval) RETURNS SETOF text
+LANGUAGE plpgsql SET timezone = 'UTC' SET lock_timeout = '1s' AS $$
+DECLARE
+    part text;
+BEGIN
+    FOREACH part IN ARRAY ARRAY(
+        SELECT relname FROM pg_inherits JOIN pg_class ON oid = inhrelid
+        WHERE inhparent = 'audit_events'::regclass
+            AND to_date(substring(relname FROM '^audit_events_(\d{4}_\d\d)$'), 'YYYY_MM') + interval '1 month'
+                <= clock_timestamp() - p_kept)
+    LOOP
+        EXECUTE format('DROP TABLE %I', part);
+        RETURN NEXT part;
+    END LOOP;
+END
+$$;
 
 CREATE FUNCTION count_audit_event() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -167,3 +212,6 @@ CREATE TRIGGER audit_events_counted AFTER INSERT ON audit_events
     EXECUTE FUNCTION count_audit_event();
 INSERT INTO counts SELECT product_id, action, count(*) FROM audit_events
     WHERE outcome = 'succeeded' AND action IN ('provision', 'destroy') GROUP BY 1, 2;
+
+-- Last: a table can't be altered while its triggers are still to fire.
+SELECT make_audit_partitions();
