@@ -43,7 +43,7 @@ end
 
 local function is_grpc(headers)
   local content_type = headers:get("content-type")
-  return content_type ~= nil and content_type:sub(1, 16) == "application/grpc"
+  return content_type == "application/grpc" or content_type ~= nil and content_type:sub(1, 17) == "application/grpc+"
 end
 
 -- The JSON string that begins at `from`, without its quotes and still escaped.
@@ -67,9 +67,12 @@ local function invalid_request(complaint)
   if unknown then
     return envelope("INVALID_REQUEST", "unknown query parameter " .. unknown)
   end
+  local differing = complaint:match("^The binding value .* of the field ([%w_.]+) is conflicting")
+  if differing then
+    return envelope("INVALID_REQUEST", differing .. " is not the same in path and body")
+  end
   local field = complaint:match("^([%w_.]+): invalid value")
     or complaint:match("^: invalid value Starting an object on a scalar field for type ([%w_]+)$")
-    or complaint:match("of the field ([%w_.]+) is conflicting with the value")
   if field then
     return envelope("INVALID_REQUEST", field .. " has an invalid value")
   end
@@ -97,7 +100,8 @@ local function service_error(status, grpc_code)
 end
 
 -- Status, body and Retry-After that replace those of a REST answer, or nil for those that are right.
-local function rewrite(status, content_type, body, grpc_status)
+local function rewrite(headers, body)
+  local status, content_type = headers:get(":status"), headers:get("content-type")
   if status == "200" and content_type == "application/json" and body ~= "" then
     -- REST says `"engine":null`, which protobuf leaves out.
     if body:sub(1, 18) == '{"admitted":false,' then
@@ -107,35 +111,37 @@ local function rewrite(status, content_type, body, grpc_status)
     if body:sub(1, 10) == '{"engine":' then return status, body:sub(11, -2) end
     return nil
   end
-  -- local_reply_config wrote it.
-  if body:sub(1, 10) == '{"error":{' then return nil end
+  -- local_reply_config wrote it; HEAD gets its length without the body.
+  if body:sub(1, 10) == '{"error":{' or body == "" and (headers:get("content-length") or "0") ~= "0" then
+    return nil
+  end
   if status == "400" and content_type == "text/plain" then return invalid_request(body) end
-  return service_error(body, body:match('^{"code":(%d+)') or grpc_status)
+  return service_error(body, body:match('^{"code":(%d+)') or headers:get("grpc-status"))
 end
 
 function envoy_on_request(handle)
   local headers = handle:headers()
+  -- Nothing would come of an upgrade, but its request would never end.
+  if headers:get("upgrade") then return handle:respond({[":status"] = "400"}) end
   keep(headers, is_grpc(headers) and GRPC_REQUEST_HEADERS or REQUEST_HEADERS)
 end
 
 function envoy_on_response(handle)
-  if is_grpc(handle:headers()) then
+  local headers = handle:headers()
+  -- For a REST caller the transcoder turns every gRPC status but OK into another HTTP status than 200.
+  if headers:get(":status") == "200" and is_grpc(headers) then
     -- Envoy says UNKNOWN; the servers say RESOURCE_EXHAUSTED when they are called without a gateway.
-    if handle:headers():get("grpc-message") == "the message is over 64 KiB" then
-      handle:headers():replace("grpc-status", "8")
-    end
+    if headers:get("grpc-message") == "the message is over 64 KiB" then headers:replace("grpc-status", "8") end
     return
   end
   local buffer = handle:body(true)
-  local headers = handle:headers() -- what was fetched before the wait for the body is void
-  local body = buffer:getBytes(0, buffer:length())
-  local status, rewritten, retry_after =
-    rewrite(headers:get(":status"), headers:get("content-type"), body, headers:get("grpc-status"))
+  headers = handle:headers() -- what was fetched before the wait for the body is void
+  local status, body, retry_after = rewrite(headers, buffer:getBytes(0, buffer:length()))
   keep(headers, RESPONSE_HEADERS)
   if status then
     headers:replace(":status", status)
     headers:replace("content-type", "application/json")
-    buffer:setBytes(rewritten)
+    buffer:setBytes(body)
     if retry_after then headers:replace("retry-after", retry_after) end
   end
   local trailers = handle:trailers()

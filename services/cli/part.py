@@ -9,9 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from services.cli.failure import Failure
-
-_LAST_LINES = 20
+from services.cli.failure import failure_with_log
 
 
 class Part:
@@ -36,7 +34,7 @@ class Part:
         """Raises `Failure` when it ends."""
         code = await self._process.wait()
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        raise self.failure(how)
+        raise failure_with_log(f"{self.name} {how}", self._log)
 
     async def healthy(self, answer: Awaitable[None], timeout_s: float) -> None:
         """Waits for `answer`, its first sign of health.
@@ -48,7 +46,7 @@ class Part:
             async with asyncio.timeout(timeout_s):
                 await answer
         except TimeoutError:
-            raise self.failure(f"is not healthy after {timeout_s:g} s") from None
+            raise failure_with_log(f"{self.name} is not healthy after {timeout_s:g} s", self._log) from None
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM, and SIGKILL after `grace_s` seconds; returns when it has ended."""
@@ -60,7 +58,3 @@ class Part:
         except TimeoutError:
             self._process.kill()
             await self._process.wait()
-
-    def failure(self, how: str) -> Failure:
-        lines = self._log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
-        return Failure("\n  ".join([f"{self.name} {how}; the end of {self._log}:", *(lines or ["(empty)"])]))

@@ -7,7 +7,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack
 from typing import Annotated, Any
 
 import typer
@@ -18,7 +18,7 @@ from rich.console import Console
 from services.admission.settings import AdmissionSettings
 from services.cli import database, demo, gateway, health
 from services.cli.addresses import claim, reachable
-from services.cli.failure import Failure
+from services.cli.failure import Failure, failure_with_log
 from services.cli.part import Part
 from services.cli.progress import StartProgress
 from services.cli.var_directory import VarDirectory
@@ -31,6 +31,7 @@ _START_S = 60.0
 _PROVISIONER_GRACE_S = 60.0
 _ADMISSION_GRACE_S = 20.0
 _GATEWAY_GRACE_S = 5.0
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _SESSION = """\
 Ready: REST at {rest}, gRPC at {admission} (Admission) and {provisioner} (Provisioner).
@@ -91,14 +92,23 @@ def _prepare_environment(var: VarDirectory, backend: BackendKind | None) -> UpSe
 async def _until_signal(work: Coroutine[Any, Any, None]) -> None:
     """Runs `work` until it ends or a signal comes; then lets it end orderly, whatever comes next."""
     stop = asyncio.Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    loop = asyncio.get_running_loop()
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, stop.set)
     task, stopped = asyncio.create_task(work), asyncio.create_task(stop.wait())
     await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
+    for number in _SIGNALS:
+        loop.remove_signal_handler(number)
+        # What is still run to stop PostgreSQL inherits it.
+        signal.signal(number, signal.SIG_IGN)
     stopped.cancel()
     task.cancel()
-    with suppress(asyncio.CancelledError):
+    try:
         await task
+    except (asyncio.CancelledError, Failure):
+        # Ctrl-C also reaches what starts PostgreSQL, and so may look like a failure of it.
+        if not stop.is_set():
+            raise
 
 
 async def _serve(var: VarDirectory, settings: UpSettings, console: Console) -> None:
@@ -187,17 +197,17 @@ async def _start(
 
 
 async def _start_embedded(var: VarDirectory, stack: AsyncExitStack, watch: asyncio.TaskGroup) -> str:
-    starting = asyncio.create_task(asyncio.to_thread(database.start_embedded, var.postgres))
+    starting = asyncio.create_task(asyncio.to_thread(database.start_embedded, var))
 
     async def stop() -> None:
         # A start can't be interrupted: what it makes would be left.
-        await asyncio.wait({starting})
+        await asyncio.gather(starting, return_exceptions=True)
         await asyncio.to_thread(embedded_postgres.stop, var.postgres)
 
     async def watched() -> None:
         while await asyncio.to_thread(embedded_postgres.is_running, var.postgres):  # noqa: ASYNC110 - no child of ours
             await asyncio.sleep(1)
-        raise Failure(f"PostgreSQL has ended; {var.postgres / 'log'} says why")
+        raise failure_with_log("PostgreSQL has ended", var.postgres / "log")
 
     stack.push_async_callback(stop)
     url = await asyncio.shield(starting)

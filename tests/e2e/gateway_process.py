@@ -1,0 +1,157 @@
+"""A real Envoy with the gateway's configuration, and a caller that sends what it is told, byte by byte."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from services.cli.gateway import GatewaySettings, command, render
+
+DEADLINE_S = 15.0
+T = TypeVar("T")
+# All that a REST caller may see of an answer's headers.
+RESPONSE_HEADERS = {"connection", "content-length", "content-type", "date", "retry-after", "x-request-id"}
+INSIDE = ("envoy", "upstream", "september.", "google", "grpc", "type_", "proto", "class")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A REST answer as it came."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: bytes
+
+    def header(self, name: str) -> str | None:
+        return next((value for key, value in self.headers if key == name), None)
+
+    def json(self) -> Any:
+        """The body of an answer that shows nothing of the inside."""
+        assert {name for name, _ in self.headers} <= RESPONSE_HEADERS
+        assert self.header("content-type") == "application/json"
+        return json.loads(self.body)
+
+    def error(self) -> tuple[int, str, str]:
+        """Status, code and message of an error."""
+        envelope = self.json()
+        assert list(envelope) == ["error"]
+        assert list(envelope["error"]) == ["code", "message"]
+        return self.status, envelope["error"]["code"], envelope["error"]["message"]
+
+    def own_error(self) -> tuple[int, str, str]:
+        """Status, code and message of an error of which the gateway wrote the message."""
+        error = self.error()
+        assert not [word for word in INSIDE if word in error[2].lower()], error
+        return error
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A gateway that serves."""
+
+    address: str
+    admin: str
+    output: Path
+
+    async def rest(
+        self, method: str, path: str, body: bytes | None = None, headers: Iterable[tuple[str, str]] = ()
+    ) -> Answer:
+        lines = [f"{method} {path} HTTP/1.1", "host: gateway", "connection: close"]
+        lines += [f"{name}: {value}" for name, value in headers]
+        if body is not None:
+            lines.append(f"content-length: {len(body)}")
+        return await self.raw("\r\n".join([*lines, "", ""]).encode() + (body or b""))
+
+    async def raw(self, request: bytes) -> Answer:
+        """Sends these bytes and reads one answer."""
+        return await _exchange(self.address, request)
+
+    async def admin_page(self, path: str) -> bytes:
+        return (await _get(self.admin, path)).body
+
+    def calls(self) -> list[dict[str, Any]]:
+        """The access log so far."""
+        return [json.loads(line) for line in self.output.read_text().splitlines()]
+
+
+@asynccontextmanager
+async def running_gateway(
+    directory: Path, admission: str, provisioner: str, edit: Callable[[str], str] = lambda config: config
+) -> AsyncIterator[Gateway]:
+    """Runs a gateway on free ports.
+
+    Args:
+        directory: for configuration and logs.
+        admission: `host:port` of Admission.
+        provisioner: `host:port` of the Provisioner.
+        edit: changes the configuration: shorter timeouts, smaller limits.
+    """
+    config, output, log, admin_file = (directory / name for name in ("envoy.yaml", "stdout", "stderr", "admin"))
+    config.write_text(edit(render(GatewaySettings("127.0.0.1:0", admission, provisioner))))
+    with output.open("wb") as stdout, log.open("wb") as stderr:
+        process = await asyncio.create_subprocess_exec(
+            *command(config), "--admin-address-path", str(admin_file), stdout=stdout, stderr=stderr
+        )
+
+    async def ready() -> str | None:
+        assert process.returncode is None, log.read_text()
+        admin = admin_file.read_text() if admin_file.exists() else ""
+        return admin if admin and (await _get(admin, "/ready")).status == 200 else None
+
+    try:
+        admin = await eventually(ready)
+        listeners = await _get(admin, "/listeners?format=json")
+        address = json.loads(listeners.body)["listener_statuses"][0]["local_address"]["socket_address"]
+        yield Gateway(f"{address['address']}:{address['port_value']}", admin, output)
+        # After a script's error Envoy goes on as if there were no script.
+        assert "script log" not in log.read_text()
+    finally:
+        with suppress(ProcessLookupError):
+            process.terminate()
+        await process.wait()
+
+
+async def eventually(condition: Callable[[], Awaitable[T | None]]) -> T:
+    """The condition's first true value."""
+    async with asyncio.timeout(DEADLINE_S):
+        while True:
+            if value := await condition():
+                return value
+            await asyncio.sleep(0.01)
+
+
+async def _get(address: str, path: str) -> Answer:
+    return await _exchange(address, f"GET {path} HTTP/1.1\r\nhost: admin\r\nconnection: close\r\n\r\n".encode())
+
+
+async def _exchange(address: str, request: bytes) -> Answer:
+    host, port = address.rsplit(":", 1)
+    async with asyncio.timeout(DEADLINE_S):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        try:
+            writer.write(request)
+            status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().rstrip().split("\r\n")
+            pairs = (line.split(": ", 1) for line in lines)
+            headers = [(name.lower(), value) for name, value in pairs]
+            length = dict(headers).get("content-length")
+            if request.startswith(b"HEAD "):
+                body = b""
+            else:
+                body = await reader.readexactly(int(length)) if length else _joined(await reader.read())
+        finally:
+            # The gateway may have closed first, without reading all of a request that it refused.
+            writer.transport.abort()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
+    return Answer(int(status.split()[1]), headers, body)
+
+
+def _joined(chunks: bytes) -> bytes:
+    body = b""
+    while chunks:
+        size, _, chunks = chunks.partition(b"\r\n")
+        body, chunks = body + chunks[: int(size, 16)], chunks[int(size, 16) + 2 :]
+    return body

@@ -1,0 +1,141 @@
+"""`september` as its users run it, on a directory and ports of its own."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from http.client import HTTPConnection
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+
+from services.shared import embedded_postgres
+from tests.harness import ROOT, eventually
+
+
+def post(url: str, body: object, **headers: str) -> tuple[int, bytes]:
+    parts = urlsplit(url)
+    connection = HTTPConnection(parts.netloc, timeout=30)
+    connection.request("POST", parts.path, json.dumps(body), {k.replace("_", "-"): v for k, v in headers.items()})
+    response = connection.getresponse()
+    status, content = response.status, response.read()
+    connection.close()
+    return status, content
+
+
+class Installation:
+    """A directory to run `september` on, with ports of its own."""
+
+    def __init__(self, directory: Path, **settings: str) -> None:
+        self.var = directory / "var"
+        self.output = directory / "output"
+        self.environment = {
+            "PATH": os.environ["PATH"],
+            "ORCH_VAR_DIR": str(self.var),
+            "ORCH_GATEWAY_LISTEN": "127.0.0.1:0",
+            "ORCH_ADMISSION_LISTEN": "127.0.0.1:0",
+            "ORCH_PROVISIONER_LISTEN": "127.0.0.1:0",
+            "ORCH_PORT_MIN": "24000",
+            "ORCH_PORT_MAX": "24999",
+            **settings,
+        }
+        self.started: list[subprocess.Popen[bytes]] = []
+
+    def begin(self) -> subprocess.Popen[bytes]:
+        with self.output.open("wb") as output:
+            up = subprocess.Popen(
+                [sys.executable, "-m", "services.cli", "up"],
+                cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        self.started.append(up)
+        return up
+
+    def up(self) -> subprocess.Popen[bytes]:
+        """Starts it, and returns when it is ready."""
+        began = time.monotonic()
+        up = self.begin()
+
+        def ready() -> bool:
+            assert up.poll() is None, self.output.read_text()
+            return (self.var / "run" / "env").exists()
+
+        eventually(ready, "up is ready")
+        print(f"ready after {time.monotonic() - began:.1f} s")
+        return up
+
+    def run(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Runs a command that ends by itself."""
+        return subprocess.run(
+            [sys.executable, "-m", "services.cli", *command],
+            cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60,
+            check=False,
+        )  # fmt: skip
+
+    def announced(self) -> dict[str, str]:
+        """What a shell knows that has read the environment file."""
+        script = f'set -a; . "{self.var}/run/env"; exec env -0'
+        read = subprocess.run(["sh", "-c", script], env={}, check=True, capture_output=True, text=True)
+        return dict(line.split("=", 1) for line in read.stdout.split("\0") if line)
+
+    def admit(self, user_id: str = "ada") -> dict[str, Any]:
+        """The engine of a user, made if there is none."""
+        shell = self.announced()
+        url = f"{shell['REST_URL']}/engines/{user_id}/admit"
+        status, body = post(url, {"auto_provision": True}, X_Platform_Key=shell["PLATFORM_KEY"])
+        assert status == 200, body
+        answer = json.loads(body)
+        assert answer["admitted"] is True
+        engine: dict[str, Any] = answer["engine"]
+        return engine
+
+    def processes(self) -> list[psutil.Process]:
+        """All that run on the directory: services, Envoy, PostgreSQL, engines."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                at_home = str(self.var) in " ".join([*process.cmdline(), process.cwd()])
+                told = process.environ().get("ORCH_VAR_DIR") == str(self.var)
+                if (at_home or told) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    def names(self) -> set[str]:
+        """What of the platform runs."""
+        names = set()
+        for process in self.processes():
+            with suppress(psutil.Error):
+                match = re.search(r"services\.(\w+)|\b(envoy|postgres)\b", " ".join(process.cmdline()))
+                names |= {match[1] or match[2]} if match else set()
+        return names
+
+    def close(self) -> None:
+        for up in self.started:
+            if up.poll() is None:
+                up.terminate()
+                up.wait(60)
+        embedded_postgres.stop(self.var / "postgres")
+        for process in self.processes():
+            with suppress(psutil.Error):
+                process.kill()
+
+
+@pytest.fixture
+def install(tmp_path: Path) -> Iterator[Callable[..., Installation]]:
+    made: list[Installation] = []
+
+    def install(**settings: str) -> Installation:
+        directory = tmp_path / str(len(made))
+        directory.mkdir()
+        made.append(Installation(directory, **settings))
+        return made[-1]
+
+    yield install
+    for one in made:
+        one.close()

@@ -1,0 +1,80 @@
+"""The rendered configuration and the process that runs it."""
+
+import asyncio
+import re
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from services.cli.gateway import GatewaySettings, command, render
+from tests.e2e.gateway_process import DEADLINE_S, running_gateway
+from tests.e2e.gateway_services import running_services
+
+SETTINGS = GatewaySettings("127.0.0.1:8080", "admission:50051", "[::1]:50052", admin_port=9901, boot_timeout_s=12.5)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def test_envoy_accepts_the_configuration(tmp_path: Path) -> None:
+    config = tmp_path / "envoy.yaml"
+    config.write_text(render(SETTINGS))
+    validation = subprocess.run(
+        [*command(config), "--mode", "validate"], capture_output=True, text=True, check=False, timeout=DEADLINE_S
+    )
+    assert validation.returncode == 0, validation.stderr
+    assert validation.stderr == ""
+
+
+def test_routes_that_boot_or_destroy_outlast_the_boot_timeout() -> None:
+    assert dict(re.findall(r"- \{name: (\w+), .* timeout: (\S+)\}\}", render(SETTINGS))) == {
+        "Admit": "42.5s",
+        "ProvisionEngine": "42.5s",
+        "DestroyEngine": "42.5s",
+        "GetEngine": "15s",
+        "CheckHealth": "15s",
+        "RegisterProduct": "15s",
+        "UpdatePolicy": "15s",
+    }
+
+
+async def test_the_admin_interface_is_on_loopback_alone(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path, "127.0.0.1:1", "127.0.0.1:1") as gateway:
+        assert gateway.admin.startswith("127.0.0.1:")
+
+
+@pytest.mark.parametrize("address", ["", "localhost", "127.0.0.1:", "127.0.0.1:http", "127.0.0.1:-1"])
+def test_what_is_no_address_is_refused(address: str) -> None:
+    with pytest.raises(ValueError, match="is not host:port"):
+        render(GatewaySettings(address, "a:1", "b:2"))
+
+
+async def test_a_second_gateway_on_the_port_fails(tmp_path: Path) -> None:
+    async with running_gateway(tmp_path, "127.0.0.1:1", "127.0.0.1:1") as gateway:
+        config = tmp_path / "second.yaml"
+        config.write_text(render(GatewaySettings(gateway.address, "127.0.0.1:1", "127.0.0.1:1")))
+        second = await asyncio.create_subprocess_exec(*command(config), stderr=asyncio.subprocess.PIPE)
+        _, log = await asyncio.wait_for(second.communicate(), DEADLINE_S)
+        assert second.returncode != 0
+        assert b"Address already in use" in log
+
+
+async def test_services_may_be_named_by_host(tmp_path: Path) -> None:
+    async with running_services() as services:
+        address = services.address.replace("127.0.0.1", "localhost")
+        async with running_gateway(tmp_path, address, address) as gateway:
+            assert (await gateway.rest("GET", "/health")).json() == {"status": "ok"}
+
+
+async def test_services_that_start_later_are_found(tmp_path: Path) -> None:
+    port = free_port()
+    async with running_gateway(tmp_path, f"127.0.0.1:{port}", f"127.0.0.1:{port}") as gateway:
+        assert (await gateway.rest("GET", "/health")).own_error()[:2] == (503, "UNAVAILABLE")
+        async with running_services(port):
+            assert (await gateway.rest("GET", "/health")).json() == {"status": "ok"}

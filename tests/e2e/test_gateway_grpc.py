@@ -1,0 +1,163 @@
+"""gRPC through the gateway's port: which methods exist, and that calls pass as they are."""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import pytest
+import pytest_asyncio
+from google.protobuf.message import Message
+
+from september.admission.v1 import admission_service_pb2 as admission_pb
+from september.engine.v1 import denial_pb2
+from september.provisioner.v1 import product_service_pb2 as product_pb
+from september.provisioner.v1 import provisioner_service_pb2 as provisioner_pb
+from tests.e2e.gateway_process import Gateway, running_gateway
+from tests.e2e.gateway_services import Context, Services, running_services
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+ADMISSION = "/september.admission.v1.AdmissionService/"
+PROVISIONER = "/september.provisioner.v1.ProvisionerService/"
+PRODUCTS = "/september.provisioner.v1.ProductService/"
+ADMIT = ADMISSION + "Admit"
+NOT_SERVED = [
+    PROVISIONER + "EnsureEngine",
+    PROVISIONER + "ensureengine",
+    ADMISSION + "NoSuchMethod",
+    ADMISSION + "Admit/",
+    "//" + ADMIT[1:],
+    ADMIT.replace("/Admit", "%2FAdmit"),
+    "/grpc.health.v1.Health/Check",
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    "/engines/a/admit",
+    "/",
+]
+
+
+@dataclass(frozen=True)
+class Served:
+    gateway: Gateway
+    admission: Services
+    provisioner: Services
+    channel: grpc.aio.Channel
+
+    async def call(self, method: str, request: bytes, metadata: tuple[tuple[str, str | bytes], ...] = ()) -> bytes:
+        def as_is(message: bytes) -> bytes:
+            return message
+
+        unary: Any = self.channel.unary_unary(method, as_is, as_is)
+        answer: bytes = await unary(request, metadata=metadata, timeout=10)
+        return answer
+
+    async def error(self, method: str, request: bytes = b"") -> tuple[grpc.StatusCode, str | None]:
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await self.call(method, request)
+        return raised.value.code(), raised.value.details()
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+    async with (
+        running_services() as admission,
+        running_services() as provisioner,
+        running_gateway(tmp_path_factory.mktemp("gateway"), admission.address, provisioner.address) as gateway,
+        grpc.aio.insecure_channel(gateway.address) as channel,
+    ):
+        yield Served(gateway, admission, provisioner, channel)
+
+
+@pytest.mark.parametrize(
+    ("method", "request_", "key"),
+    [
+        (ADMIT, admission_pb.AdmitRequest(user_id="ann"), "ann"),
+        (ADMISSION + "GetEngine", admission_pb.GetEngineRequest(user_id="ann"), "ann"),
+        (ADMISSION + "CheckHealth", admission_pb.CheckHealthRequest(), ""),
+        (PROVISIONER + "ProvisionEngine", provisioner_pb.ProvisionEngineRequest(user_id="ann"), "ann"),
+        (PROVISIONER + "DestroyEngine", provisioner_pb.DestroyEngineRequest(user_id="ann"), "ann"),
+        (PRODUCTS + "RegisterProduct", product_pb.RegisterProductRequest(slug="ann"), "ann"),
+        (PRODUCTS + "UpdatePolicy", product_pb.UpdatePolicyRequest(product_id="ann"), "ann"),
+    ],
+)
+async def test_a_public_method_reaches_its_service(served: Served, method: str, request_: Message, key: str) -> None:
+    services, others = served.admission, served.provisioner
+    if method.startswith("/september.provisioner"):
+        services, others = others, services
+    services.calls[key].clear()
+    others.calls[key].clear()
+    await served.call(method, request_.SerializeToString())
+    assert [(call.method, call.request) for call in services.calls[key]] == [(method.rsplit("/")[-1], request_)]
+    assert not others.calls[key]
+
+
+@pytest.mark.parametrize("method", NOT_SERVED)
+async def test_anything_else_is_unimplemented(served: Served, method: str) -> None:
+    assert await served.error(method) == (grpc.StatusCode.UNIMPLEMENTED, "no such method")
+    assert "EnsureEngine" not in {c.method for calls in served.provisioner.calls.values() for c in calls}
+
+
+async def test_a_denial_is_not_touched(served: Served) -> None:
+    denied = admission_pb.AdmitResponse(admitted=False, reason=denial_pb2.Denial.engine_sleeping)
+
+    async def behaviour(context: Context) -> Message:
+        return denied
+
+    request = admission_pb.AdmitRequest(user_id=served.admission.on(behaviour))
+    assert await served.call(ADMIT, request.SerializeToString()) == denied.SerializeToString()
+
+
+async def test_services_get_only_metadata_that_they_know(served: Served) -> None:
+    metadata = (
+        ("x-platform-key", "pk-sept-1"),
+        ("x-admin-key", "a"),
+        ("x-request-id", "mine"),
+        ("x-other", "1"),
+        ("x-other-bin", b"\0"),
+        ("x-envoy-original-path", "/engines/b?x"),
+        ("x-envoy-upstream-rq-timeout-ms", "1"),
+    )
+    await served.call(ADMIT, admission_pb.AdmitRequest(user_id="cat").SerializeToString(), metadata)
+    (call,) = served.admission.calls["cat"]
+    assert call.values("x-platform-key") == ["pk-sept-1"]
+    assert call.values("x-admin-key") == ["a"]
+    assert {key for key, _ in call.metadata} == {
+        "content-length", "user-agent", "x-admin-key", "x-forwarded-proto", "x-platform-key", "x-request-id",
+    }  # fmt: skip
+
+
+async def test_a_deadline_of_the_caller_reaches_the_service(served: Served) -> None:
+    remaining = []
+
+    async def behaviour(context: Context) -> Message:
+        remaining.append(context.time_remaining())
+        return admission_pb.AdmitResponse()
+
+    request = admission_pb.AdmitRequest(user_id=served.admission.on(behaviour))
+    await served.call(ADMIT, request.SerializeToString())
+    assert 5 < remaining[0] < 15
+
+
+async def test_a_message_of_64_kib_passes_and_one_byte_more_does_not(served: Served) -> None:
+    def request(size: int) -> bytes:
+        return admission_pb.AdmitRequest(user_id="d" * (size - 4)).SerializeToString()
+
+    assert len(request(65_536)) == 65_536
+    await served.call(ADMIT, request(65_536))
+    for size in (65_537, 3_000_000):
+        error = await served.error(ADMIT, request(size))
+        assert error == (grpc.StatusCode.RESOURCE_EXHAUSTED, "the message is over 64 KiB")
+
+
+@pytest.mark.parametrize("content_type", ["application/grpc", "application/grpc+json", "application/grpc+proto"])
+async def test_ensure_engine_is_out_of_reach_for_every_kind_of_grpc(served: Served, content_type: str) -> None:
+    for method in (PROVISIONER + "EnsureEngine", PROVISIONER + "ProvisionEngine/../EnsureEngine"):
+        answer = await served.gateway.rest("POST", method, b"\0\0\0\0\0", [("content-type", content_type)])
+        assert (answer.header("grpc-status"), answer.header("grpc-message")) == ("12", "no such method")
+
+
+async def test_metadata_with_an_underscore_is_refused(served: Served) -> None:
+    with pytest.raises(grpc.aio.AioRpcError):
+        await served.call(ADMIT, admission_pb.AdmitRequest(user_id="fox").SerializeToString(), (("x_key", "1"),))
+    assert not served.admission.calls["fox"]

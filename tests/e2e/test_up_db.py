@@ -1,0 +1,48 @@
+"""`september db migrate`."""
+
+from collections.abc import Callable
+
+import pytest
+
+from tests.e2e.installation import Installation, install
+from tests.harness import ROOT
+
+__all__ = ["install"]
+
+Install = Callable[..., Installation]
+MIGRATIONS = sorted(path.name for path in (ROOT / "services" / "provisioner" / "sql" / "migrations").iterdir())
+
+
+def test_migrates_the_embedded_database_and_stops_it_again(install: Install) -> None:
+    installation = install()
+    assert installation.run("db", "migrate").stdout.splitlines() == MIGRATIONS
+    assert installation.run("db", "migrate").stdout == "nothing to apply\n"
+    assert installation.processes() == []
+
+
+def test_does_not_stop_the_database_of_a_running_platform(install: Install) -> None:
+    installation = install()
+    installation.up()
+    assert installation.run("db", "migrate").stdout == "nothing to apply\n"
+    assert installation.admit()["status"] == "running"
+
+
+def test_migrates_the_given_database(install: Install, database_url: str) -> None:
+    installation = install(ORCH_DATABASE_URL=database_url)
+    assert installation.run("db", "migrate").stdout.splitlines() == MIGRATIONS
+    assert not installation.var.exists()
+
+
+@pytest.mark.parametrize("url", ["postgresql://127.0.0.1:1/none", "postgresql:///none?host=/nowhere", "no url"])
+def test_a_database_that_can_not_be_had_is_one_line_and_exit_code_1(install: Install, url: str) -> None:
+    refused = install(ORCH_DATABASE_URL=url).run("db", "migrate")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("september: ")
+    assert len(refused.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("command", [["db", "migrate", "--fast"], ["db", "shrink"], ["down"], ["up", "now"]])
+def test_what_is_no_command_is_exit_code_2(install: Install, command: list[str]) -> None:
+    refused = install().run(*command)
+    assert refused.returncode == 2
+    assert "Traceback" not in refused.stderr
