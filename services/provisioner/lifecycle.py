@@ -158,7 +158,7 @@ class Lifecycle:
             if pending.joined and outcome is Outcome.SUCCEEDED:
                 break
             if pending.joined and kind is OperationKind.SLEEP:
-                raise Unavailable("user_id: the engine stays awake: it is wanted", retry_after_s=30)
+                raise Unavailable("user_id: the engine stays awake: it is wanted", retry_after_s=2)
             # Something stood in the way, or this gave way to something else: ask again.
         engine = await self._intents.engine_of_user(product.product_id, user_id)
         if engine is None or engine.engine_id != pending.engine_id:

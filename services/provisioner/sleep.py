@@ -21,7 +21,7 @@ _CPU_NOISE_S = 0.1
 _NETWORK_NOISE_BYTES = 64 * 1024
 _POLL_S = 0.1
 _FLUSH_DEADLINE_S = 10.0
-_BUSY_RETRY_S = 30.0
+_BUSY_RETRY_S = 2.0
 
 
 def work_between(before: Usage, after: Usage) -> str | None:
