@@ -25,6 +25,7 @@ from grpc_status import rpc_status
 
 from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceStub
 from september.provisioner.v1 import product_service_pb2 as product_pb
+from september.provisioner.v1.fleet_service_pb2_grpc import FleetServiceStub
 from september.provisioner.v1.product_service_pb2_grpc import ProductServiceStub
 from september.provisioner.v1.provisioner_service_pb2_grpc import ProvisionerServiceStub
 
@@ -187,13 +188,14 @@ def new_database(base_url: str) -> str:
 
 
 class Clients:
-    """Stubs of the three services over real channels."""
+    """Stubs of the services over real channels."""
 
     def __init__(self, platform: Platform, provisioner: str, *admissions: str) -> None:
         self._platform = platform
         self._channels = [grpc.aio.insecure_channel(address) for address in (provisioner, *admissions)]
         self.products = ProductServiceStub(self._channels[0])
         self.provisioner = ProvisionerServiceStub(self._channels[0])
+        self.fleet = FleetServiceStub(self._channels[0])
         self.admissions = [AdmissionServiceStub(channel) for channel in self._channels[1:]]
 
     @property

@@ -8,7 +8,7 @@ from uuid import UUID, uuid4
 
 import structlog
 
-from september.provisioner.v1 import product_service_pb2_grpc, provisioner_service_pb2_grpc
+from september.provisioner.v1 import fleet_service_pb2_grpc, product_service_pb2_grpc, provisioner_service_pb2_grpc
 from services.provisioner.backends.base import Backend, InstanceState
 from services.provisioner.backends.docker import DockerBackend
 from services.provisioner.backends.process import ProcessBackend
@@ -16,18 +16,23 @@ from services.provisioner.boot import Boot
 from services.provisioner.domain.restarts import RestartPolicy
 from services.provisioner.engine_client import HttpEngineClient
 from services.provisioner.execution import Executor
+from services.provisioner.fleet import Fleet
 from services.provisioner.key_rotation import KeyRotation
 from services.provisioner.lifecycle import Lifecycle
+from services.provisioner.loops.housekeeping import Housekeeping
 from services.provisioner.loops.operation_watch import OperationWatch
 from services.provisioner.loops.operation_worker import OperationWorker
 from services.provisioner.loops.sleeper import Sleeper
 from services.provisioner.products import Products
 from services.provisioner.recovery import recover
 from services.provisioner.servicers.authorization import AuthorizationInterceptor
+from services.provisioner.servicers.fleet import FleetServicer
 from services.provisioner.servicers.product import ProductServicer
 from services.provisioner.servicers.provisioner import ProvisionerServicer
 from services.provisioner.settings import BackendKind, ProvisionerSettings, UrlMode
 from services.provisioner.sleep import FallAsleep
+from services.provisioner.store.audit import AuditStore
+from services.provisioner.store.fleet import FleetStore
 from services.provisioner.store.installation import installation_id
 from services.provisioner.store.intents import IntentStore
 from services.provisioner.store.loop_leases import LoopLease
@@ -124,6 +129,14 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
             deep_sleep_after_s=settings.deep_sleep_after_s,
         )
 
+        audit, fleet = AuditStore(database), FleetStore(database)
+        housekeeping = Housekeeping(
+            LoopLease(database, "housekeeping", owner),
+            audit,
+            fleet,
+            audit_retention_days=settings.audit_retention_days,
+        )
+
         changes = Broadcast()
 
         def wake() -> None:
@@ -139,6 +152,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
                     watch=watch.run(),
                     listener=database.listen("operations", wake),
                     sleeper=sleeper.run(),
+                    housekeeping=housekeeping.run(),
                 )
             )
         )
@@ -146,6 +160,9 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
             ProvisionerServicer(lifecycle, Watching(intents, changes), keyring), server.server
         )
         product_service_pb2_grpc.add_ProductServiceServicer_to_server(ProductServicer(products), server.server)
+        fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(
+            FleetServicer(Fleet(fleet, audit, restart_max_attempts=settings.restart_max_attempts)), server.server
+        )
         await server.start()
         stack.push_async_callback(server.stop, _GRACE_S)
         log.info("serving", port=port, backend=settings.engine_backend)

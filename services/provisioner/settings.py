@@ -77,6 +77,9 @@ class ProvisionerSettings(CommonSettings):
     deep_sleep_after_s: float = Field(
         3600, ge=1, le=31_536_000, description="Seconds of sleep after which an engine is stopped to free its memory."
     )
+    audit_retention_days: int = Field(
+        400, ge=1, le=36_500, description="How long audit events are kept; a month of them is dropped at once."
+    )
     operation_lease_s: float = Field(
         5, ge=1, le=300, description="Time after which another Provisioner takes over the work of one that died."
     )

@@ -19,6 +19,7 @@ Metadata = tuple[tuple[str, str], ...]
 ADMISSION = "/september.admission.v1.AdmissionService/"
 PRODUCT_METHODS = [m for m, role in ROLES.items() if role is Role.PRODUCT]
 ADMIN_METHODS = [m for m, role in ROLES.items() if role is Role.ADMIN]
+SCOPED_METHODS = [m for m, role in ROLES.items() if role is Role.PRODUCT_OR_ADMIN]
 
 
 async def call(service: Service, method: str, metadata: Metadata, request: bytes = b"") -> bytes:
@@ -48,7 +49,7 @@ def bad_keys(name: str, good: str, other: str) -> list[Metadata]:
 async def test_every_method_wants_its_key_exactly_once(clients: Clients, shared: Shared) -> None:
     platform, (provisioner, admission, _) = shared
     product = await clients.register()
-    methods = [(provisioner, m) for m in PRODUCT_METHODS] + [
+    methods = [(provisioner, m) for m in PRODUCT_METHODS + SCOPED_METHODS] + [
         (admission, ADMISSION + "Admit"),
         (admission, ADMISSION + "GetEngine"),
     ]
@@ -69,14 +70,12 @@ async def test_every_method_wants_its_key_exactly_once(clients: Clients, shared:
 
 
 async def test_every_method_has_a_role(shared: Shared) -> None:
-    from september.provisioner.v1 import product_service_pb2, provisioner_service_pb2
+    from september.provisioner.v1 import fleet_service_pb2, product_service_pb2, provisioner_service_pb2
 
-    services = [
-        file.DESCRIPTOR.services_by_name[name]
-        for file, name in ((provisioner_service_pb2, "ProvisionerService"), (product_service_pb2, "ProductService"))
-    ]
+    files = (fleet_service_pb2, product_service_pb2, provisioner_service_pb2)
+    services = [service for file in files for service in file.DESCRIPTOR.services_by_name.values()]
     methods = {f"/{service.full_name}/{method.name}" for service in services for method in service.methods}
-    assert methods == {*PRODUCT_METHODS, *ADMIN_METHODS}
+    assert methods == {*PRODUCT_METHODS, *ADMIN_METHODS, *SCOPED_METHODS}
 
 
 @pytest.mark.parametrize("method", ["/september.provisioner.v1.ProvisionerService/Nothing", "/nothing", "/"])

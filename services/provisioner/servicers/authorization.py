@@ -2,6 +2,7 @@
 
 from contextvars import ContextVar
 from enum import Enum, auto
+from uuid import UUID
 
 import grpc
 
@@ -14,10 +15,13 @@ class Role(Enum):
     ANYONE = auto()
     PRODUCT = auto()
     ADMIN = auto()
+    # Products see their own, operators all.
+    PRODUCT_OR_ADMIN = auto()
 
 
 _PROVISIONER = "/september.provisioner.v1.ProvisionerService/"
 _PRODUCT = "/september.provisioner.v1.ProductService/"
+_FLEET = "/september.provisioner.v1.FleetService/"
 ROLES = {
     "/grpc.health.v1.Health/Check": Role.ANYONE,
     "/grpc.health.v1.Health/Watch": Role.ANYONE,
@@ -37,14 +41,28 @@ ROLES = {
     _PRODUCT + "RotatePlatformKey": Role.ADMIN,
     _PRODUCT + "DisableProduct": Role.ADMIN,
     _PRODUCT + "EnableProduct": Role.ADMIN,
+    _FLEET + "ListEngines": Role.PRODUCT_OR_ADMIN,
+    _FLEET + "GetFleetStatus": Role.PRODUCT_OR_ADMIN,
+    _FLEET + "GetFleetMetrics": Role.PRODUCT_OR_ADMIN,
+    _FLEET + "ListAuditEvents": Role.PRODUCT_OR_ADMIN,
+    _FLEET + "GetEngineHistory": Role.PRODUCT,
 }
 
-_caller: ContextVar[Product] = ContextVar("caller")
+# None for an operator.
+_caller: ContextVar[Product | None] = ContextVar("caller")
 
 
 def calling_product() -> Product:
     """The product whose key the call under way has shown."""
-    return _caller.get()
+    product = _caller.get()
+    assert product is not None, "the method's role is not for operators"
+    return product
+
+
+def calling_scope() -> UUID | None:
+    """The product to whose engines and events the call under way is confined; None for operators."""
+    product = _caller.get()
+    return None if product is None else product.product_id
 
 
 class AuthorizationInterceptor(grpc.aio.ServerInterceptor):
@@ -66,9 +84,12 @@ class AuthorizationInterceptor(grpc.aio.ServerInterceptor):
             return None
 
         async def authorize(context: Context) -> None:
+            platform_keys, admin_keys = (metadata_values(context, name) for name in ("x-platform-key", "x-admin-key"))
             if role is Role.ADMIN:
-                self._products.authenticate_admin(metadata_values(context, "x-admin-key"))
+                self._products.authenticate_admin(admin_keys)
+            elif role is Role.PRODUCT_OR_ADMIN:
+                _caller.set(await self._products.authenticate_either(platform_keys, admin_keys))
             else:
-                _caller.set(await self._products.authenticate(metadata_values(context, "x-platform-key")))
+                _caller.set(await self._products.authenticate(platform_keys))
 
         return guarded(handler, authorize)

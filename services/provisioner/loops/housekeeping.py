@@ -1,0 +1,86 @@
+"""Keeps the registry's own house: the audit log's months, its denials, and the fleet's counts.
+
+Invariant: everything here may be done twice, or by two at once, and may be left for later: what
+is behind only takes more room or more time to read. So one process does it, and needs no term.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Protocol
+
+import structlog
+
+from services.shared.errors import Unavailable
+
+log = structlog.get_logger(__name__)
+
+_PERIOD_S = 20.0
+_LEASE_S = 60.0
+
+
+class Lease(Protocol):
+    async def hold(self, lease_s: float) -> int | None: ...
+    async def release(self) -> None: ...
+
+
+class Audit(Protocol):
+    async def make_partitions(self) -> list[str]: ...
+    async def drop_partitions(self, kept_days: int) -> list[str]: ...
+    async def record_denials(self) -> None: ...
+
+
+class Counts(Protocol):
+    async def fold_counts(self) -> None: ...
+
+
+class Housekeeping:
+    """Args:
+    lease: lets one process at a time do it.
+    audit: the audit log.
+    counts: the fleet's counts.
+    audit_retention_days: how long audit events are kept.
+    """
+
+    def __init__(self, lease: Lease, audit: Audit, counts: Counts, *, audit_retention_days: int) -> None:
+        self._lease = lease
+        self._audit = audit
+        self._counts = counts
+        self._audit_retention_days = audit_retention_days
+
+    async def run(self) -> None:
+        try:
+            while True:
+                try:
+                    await self.tick()
+                except Unavailable:
+                    log.warning("housekeeping_postponed")
+                await asyncio.sleep(_PERIOD_S)
+        finally:
+            with suppress(Unavailable):
+                await self._lease.release()
+
+    async def tick(self) -> None:
+        """Does all that there is to do, if no other process is at it."""
+        if await self._lease.hold(_LEASE_S) is None:
+            return
+        chores: tuple[Callable[[], Awaitable[None]], ...] = (
+            self._make_months,
+            self._drop_months,
+            self._audit.record_denials,
+            self._counts.fold_counts,
+        )
+        for chore in chores:
+            try:
+                await chore()
+            except Unavailable:
+                # One that has to wait for somebody doesn't hold up the others.
+                log.warning("chore_postponed", chore=chore.__name__)
+
+    async def _make_months(self) -> None:
+        for partition in await self._audit.make_partitions():
+            log.info("audit_month_made", partition=partition)
+
+    async def _drop_months(self) -> None:
+        for partition in await self._audit.drop_partitions(self._audit_retention_days):
+            log.info("audit_month_dropped", partition=partition)

@@ -1,0 +1,26 @@
+-- name: events
+-- The filters are conditions on the leading columns of an index whose last one is the order.
+SELECT event_id, at, action, actor, outcome, product_id, engine_id, user_id, duration_ms, error_code, detail, count
+FROM audit_events
+WHERE event_id < %(before)s {filters}
+ORDER BY event_id DESC
+LIMIT %(limit)s
+
+-- name: make_partitions
+SELECT make_audit_partitions() AS partition
+
+-- name: drop_partitions
+SELECT drop_audit_partitions(make_interval(days => %(kept_days)s)) AS partition
+
+-- name: record_denials
+-- Each minute that has been over for long enough that all who count have told of it. One who is
+-- late all the same makes one more event of that minute.
+WITH counted AS (
+    DELETE FROM admit_denials
+    WHERE minute <= clock_timestamp() - interval '3 minutes'
+    RETURNING product_id, reason, minute, denials
+)
+INSERT INTO audit_events (at, action, actor, outcome, product_id, detail, count)
+SELECT minute, 'admit_denied', 'product:' || slug, 'denied', product_id, reason, denials
+FROM counted JOIN products USING (product_id)
+ORDER BY minute

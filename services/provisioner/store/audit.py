@@ -1,0 +1,46 @@
+"""The audit log: read by pages, and kept for as long as is wanted."""
+
+from services.provisioner.domain.audit import AuditEvent, AuditFilter
+from services.provisioner.store.filters import filtered
+from services.provisioner.store.rows import load_sql
+from services.shared.postgres import Database
+
+_SQL = load_sql("audit")
+
+_AFTER_ALL = 2**63 - 1
+
+
+class AuditStore:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def events(self, wanted: AuditFilter, *, before: int | None, limit: int) -> list[AuditEvent]:
+        """Up to `limit` events, the latest first, from the last before the event with this id."""
+        sql, values = filtered(
+            _SQL["events"], product_id=wanted.product_id, user_id=wanted.user_id, action=wanted.action
+        )
+        values |= {"before": _AFTER_ALL if before is None else before, "limit": limit}
+        async with self._database.connection() as connection:
+            cursor = await connection.execute(sql, values)
+            return [AuditEvent(**row) for row in await cursor.fetchall()]
+
+    async def make_partitions(self) -> list[str]:
+        """Makes the months that are needed and not there; returns what was made."""
+        async with self._database.connection() as connection:
+            cursor = await connection.execute(_SQL["make_partitions"])
+            return [row["partition"] for row in await cursor.fetchall()]
+
+    async def drop_partitions(self, kept_days: int) -> list[str]:
+        """Drops the months that ended more than `kept_days` days ago; returns what was dropped.
+
+        Raises:
+            Unavailable: writers were in the way for too long; nothing is dropped.
+        """
+        async with self._database.connection() as connection:
+            cursor = await connection.execute(_SQL["drop_partitions"], {"kept_days": kept_days})
+            return [row["partition"] for row in await cursor.fetchall()]
+
+    async def record_denials(self) -> None:
+        """Makes an event of what was denied of each product, for each reason, in each minute that is over."""
+        async with self._database.connection() as connection:
+            await connection.execute(_SQL["record_denials"])

@@ -1,0 +1,81 @@
+"""Many engines at a glance: lists and counts; and how one engine is.
+
+Where a product is named, nothing of another is ever read.
+"""
+
+from datetime import UTC, datetime
+from uuid import UUID
+
+from services.provisioner.domain.engine import EngineStatus
+from services.provisioner.domain.fleet import EngineReport, EngineSummary, PastHour
+from services.provisioner.store.filters import filtered
+from services.provisioner.store.rows import load_sql
+from services.shared.postgres import Database
+
+_SQL = load_sql("fleet")
+
+_BEFORE_ALL = (datetime.min.replace(tzinfo=UTC), UUID(int=0))
+# A batch of so many takes a fraction of what a statement may.
+_FOLD_BATCH = 50_000
+
+
+class FleetStore:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def engines(
+        self,
+        product_id: UUID | None,
+        status: EngineStatus | None,
+        *,
+        after: tuple[datetime, UUID] | None,
+        offset: int,
+        limit: int,
+    ) -> list[EngineSummary]:
+        """Engines, the oldest first.
+
+        Args:
+            product_id: only this product's; None for all.
+            status: only those in it; None for all.
+            after: the creation and id of the engine after which to begin.
+            offset: how many to leave out there. Each is read all the same.
+            limit: most to return.
+        """
+        sql, values = filtered(_SQL["engines"], product_id=product_id, status=status)
+        created_at, engine_id = after or _BEFORE_ALL
+        values |= {"created_at": created_at, "engine_id": engine_id, "offset": offset, "limit": limit}
+        async with self._database.connection() as connection:
+            cursor = await connection.execute(sql, values)
+            return [EngineSummary(**(row | {"status": EngineStatus(row["status"])})) for row in await cursor.fetchall()]
+
+    async def counts(self, product_id: UUID | None) -> dict[str, int]:
+        """The counts of a product, or the sums over all, by name; see the table. A count may be missing for 0."""
+        sql, values = filtered(_SQL["counts"], product_id=product_id)
+        async with self._database.connection() as connection:
+            cursor = await connection.execute(sql, values)
+            return {row["name"]: row["n"] for row in await cursor.fetchall()}
+
+    async def past_hour(self, product_id: UUID | None) -> PastHour:
+        sql, values = filtered(_SQL["past_hour"], product_id=product_id)
+        async with self._database.connection() as connection:
+            cursor = await connection.execute(sql, values)
+            row = await cursor.fetchone()
+            assert row is not None, "an aggregate has a row"
+            return PastHour(**row)
+
+    async def report(self, product_id: UUID, user_id: str) -> EngineReport | None:
+        """How the user's engine is and how that came about; None if there is no engine."""
+        async with self._database.connection() as connection:
+            cursor = await connection.execute(_SQL["engine_report"], {"product_id": product_id, "user_id": user_id})
+            row = await cursor.fetchone()
+            return None if row is None else EngineReport(**(row | {"status": EngineStatus(row["status"])}))
+
+    async def fold_counts(self) -> None:
+        """Makes one row of all that belong to the same count, while others go on counting."""
+        async with self._database.connection() as connection:
+            folded = _FOLD_BATCH
+            while folded == _FOLD_BATCH:
+                cursor = await connection.execute(_SQL["fold_counts"], {"limit": _FOLD_BATCH})
+                row = await cursor.fetchone()
+                assert row is not None, "an aggregate has a row"
+                folded = row["folded"]
