@@ -121,7 +121,9 @@ async def test_an_engine_stops_and_starts_with_its_memory(user: User, shared: Sh
         ("stop", "succeeded"),
         ("start", "succeeded"),
     ]
-    durations = shared[0].query("SELECT duration_ms FROM audit_events WHERE engine_id = %s AND outcome = 'succeeded'", UUID(made.engine_id))
+    durations = shared[0].query(
+        "SELECT duration_ms FROM audit_events WHERE engine_id = %s AND outcome = 'succeeded'", UUID(made.engine_id)
+    )
     assert all(duration is not None for (duration,) in durations)
 
 
@@ -223,8 +225,10 @@ async def test_calls_at_once_on_one_engine_happen_one_after_the_other(user: User
     platform = shared[0]
     await asyncio.to_thread(
         eventually,
-        lambda: not platform.query(
-            "SELECT 1 FROM operations WHERE engine_id = %s AND finished_at IS NULL", UUID(made.engine_id)
+        lambda: (
+            not platform.query(
+                "SELECT 1 FROM operations WHERE engine_id = %s AND finished_at IS NULL", UUID(made.engine_id)
+            )
         ),
         "nothing is under way",
     )

@@ -1,0 +1,184 @@
+"""Idle engines are put to sleep, and never under anybody."""
+
+import asyncio
+from collections.abc import Callable
+from uuid import UUID
+
+import aiohttp
+import psutil
+import pytest
+
+from september.admission.v1 import admission_service_pb2 as pb
+from september.engine.v1 import denial_pb2, engine_pb2
+from tests.harness import Clients, Platform, eventually
+from tests.integration.test_life_cycle import User, execute, process_of
+
+Connect = Callable[..., Clients]
+STATUS = engine_pb2.Engine.Status
+REASON = denial_pb2.Denial.Reason
+QUICK = {"ORCH_SLEEP_CHECK_INTERVAL_S": "0.2", "ORCH_DEEP_SLEEP_AFTER_S": "3600"}
+
+
+class Sleepers:
+    """A platform whose engines fall asleep quickly."""
+
+    def __init__(self, platform: Platform, connect: Connect, **settings: str) -> None:
+        self.platform = platform
+        self.provisioner = platform.provisioner(**{**QUICK, **settings})
+        self.admissions = [platform.admission(self.provisioner) for _ in range(2)]
+        self.clients = connect(platform, self.provisioner, *self.admissions)
+
+    async def user(self, user_id: str = "u1", **policy: object) -> User:
+        images = ["services.engine", "tests.engines.*"]
+        product = await self.clients.register(allowed_images=images, **{"idle_sleep_after_s": 1, **policy})
+        return User(self.clients, product, user_id)
+
+    async def until(self, condition: Callable[[], object], what: str) -> None:
+        await asyncio.to_thread(eventually, condition, what)
+
+    async def asleep(self, engine_id: str) -> psutil.Process | None:
+        """Waits until the engine's sleep is over and done; returns its process."""
+        await self.until(
+            lambda: self.platform.query(
+                "SELECT 1 FROM operations WHERE engine_id = %s AND kind = 'sleep' AND outcome = 'succeeded'",
+                UUID(engine_id),
+            ),
+            "the engine sleeps",
+        )
+        return process_of(self.platform, engine_id)
+
+
+@pytest.fixture
+def sleepers(platform: Platform, connect: Connect) -> Sleepers:
+    return Sleepers(platform, connect)
+
+
+async def test_an_idle_engine_is_frozen_and_thawed_with_its_memory(sleepers: Sleepers) -> None:
+    user = await sleepers.user()
+    engine = (await user.admit(auto_provision=True)).engine
+    await execute(engine.url, engine.api_key, "my name is Ada")
+    process = await sleepers.asleep(engine.engine_id)
+    assert process is not None
+    assert process.status() == psutil.STATUS_STOPPED
+    assert (await user.admit()).reason == REASON.engine_sleeping
+    woken = (await user.admit(auto_wake=True)).engine
+    assert (woken.engine_id, woken.status) == (engine.engine_id, STATUS.running)
+    assert process_of(sleepers.platform, engine.engine_id) == process
+    assert (await execute(woken.url, woken.api_key, "and who am I?"))[-1]["messages"] == 4
+
+
+async def test_an_engine_without_a_policy_of_sleep_stays_awake(sleepers: Sleepers) -> None:
+    awake = await sleepers.user(idle_sleep_after_s=None)
+    kept = (await awake.admit(auto_provision=True)).engine
+    other = await sleepers.user()
+    await sleepers.asleep((await other.admit(auto_provision=True)).engine.engine_id)
+    assert sleepers.platform.query("SELECT status FROM engines WHERE engine_id = %s", UUID(kept.engine_id)) == [
+        ("running",)
+    ]
+
+
+async def test_an_engine_at_work_is_not_frozen_however_long_it_takes(sleepers: Sleepers) -> None:
+    user = await sleepers.user()
+    engine = (await user.admit(auto_provision=True)).engine
+    done = (await execute(engine.url, engine.api_key, "take your time", delay_s=6))[-1]
+    assert done["messages"] == 2
+    rows = sleepers.platform.query(
+        "SELECT count(*) FROM operations WHERE engine_id = %s AND kind = 'sleep' AND outcome = 'succeeded'"
+        " AND finished_at < (SELECT busy_at FROM engines WHERE engine_id = %s)",
+        UUID(engine.engine_id),
+        UUID(engine.engine_id),
+    )
+    assert rows == [(0,)]
+    [(busy,)] = sleepers.platform.query("SELECT busy_reason FROM engines WHERE engine_id = %s", UUID(engine.engine_id))
+    assert "at work" in busy
+    assert await sleepers.asleep(engine.engine_id) is not None
+
+
+async def test_an_engine_whose_processor_works_is_busy_though_it_says_nothing(sleepers: Sleepers) -> None:
+    user = await sleepers.user()
+    made = await user.call("Provision", engine_version="tests.engines.busy")
+    await sleepers.until(
+        lambda: sleepers.platform.query(
+            "SELECT 1 FROM engines WHERE engine_id = %s AND busy_reason LIKE '%%processor%%'", UUID(made.engine_id)
+        ),
+        "its work is noticed",
+    )
+    assert sleepers.platform.query(
+        "SELECT count(*) FROM operations WHERE engine_id = %s AND kind = 'sleep' AND outcome = 'succeeded'",
+        UUID(made.engine_id),
+    ) == [(0,)]
+    process = process_of(sleepers.platform, made.engine_id)
+    assert process is not None
+    assert process.status() != psutil.STATUS_STOPPED
+
+
+async def test_a_caller_can_keep_an_engine_awake_within_its_policy(sleepers: Sleepers) -> None:
+    held, cut = await sleepers.user(max_keep_awake_s=3600), await sleepers.user(max_keep_awake_s=0)
+    kept = (await held.admit(auto_provision=True, keep_awake_s=600)).engine
+    let_go = (await cut.admit(auto_provision=True, keep_awake_s=600)).engine
+    await sleepers.asleep(let_go.engine_id)
+    assert (await held.admit()).admitted
+    assert sleepers.platform.query(
+        "SELECT count(*) FROM operations WHERE engine_id = %s AND kind = 'sleep'", UUID(kept.engine_id)
+    ) == [(0,)]
+
+
+async def test_a_sleeper_gives_its_memory_back_and_is_started_when_wanted(platform: Platform, connect: Connect) -> None:
+    sleepers = Sleepers(platform, connect, ORCH_DEEP_SLEEP_AFTER_S="1")
+    user = await sleepers.user()
+    engine = (await user.admit(auto_provision=True)).engine
+    await execute(engine.url, engine.api_key, "my name is Ada")
+    await sleepers.until(lambda: platform.query("SELECT 1 FROM engines WHERE deep_asleep"), "it sleeps deeply")
+    assert process_of(platform, engine.engine_id) is None
+    assert (await user.admit()).reason == REASON.engine_sleeping
+    woken = (await user.admit(auto_wake=True)).engine
+    assert woken.engine_id == engine.engine_id
+    assert (await execute(woken.url, woken.api_key, "and who am I?"))[-1]["messages"] == 4
+    assert platform.query("SELECT deep_asleep FROM engines") == [(False,)]
+
+
+async def test_sleep_waits_for_a_replica_that_may_have_admitted(platform: Platform, connect: Connect) -> None:
+    """A replica that has died without a word may have handed the engine out a moment before."""
+    sleepers = Sleepers(platform, connect, ORCH_STALE_OK_S="8")
+    user = await sleepers.user()
+    engine = (await user.admit(auto_provision=True)).engine
+    sleepers.admissions[1].kill()
+    silent = platform.query("SELECT clock_timestamp()")[0][0]
+    await sleepers.asleep(engine.engine_id)
+    [(asleep,)] = platform.query("SELECT status_since FROM engines WHERE engine_id = %s", UUID(engine.engine_id))
+    assert (asleep - silent).total_seconds() > 4
+
+
+async def test_no_one_of_two_thousand_admitted_finds_a_frozen_engine(sleepers: Sleepers) -> None:
+    users = [await sleepers.user(f"u{i}") for i in range(10)]
+    engines = [(await user.admit(auto_provision=True)).engine for user in users]
+    hung: list[str] = []
+    outcomes = {"admitted": 0, "denied": 0}
+
+    async def caller(session: aiohttp.ClientSession, index: int) -> None:
+        user = users[index % 10]
+        # Now and then a pause as long as the idle time, so that admits meet the announcement.
+        for turn in range(100):
+            if (turn + index) % 5 == 0:
+                await asyncio.sleep(0.9 + 0.02 * (index % 10))
+            request = pb.AdmitRequest(user_id=user.user_id, auto_wake=turn % 3 != 0)
+            answer = await sleepers.clients.admissions[turn % 2].Admit(request, metadata=user.product.metadata)
+            if not answer.admitted:
+                assert answer.reason == REASON.engine_sleeping
+                outcomes["denied"] += 1
+                continue
+            outcomes["admitted"] += 1
+            try:
+                async with session.get(f"{answer.engine.url}/health") as health:
+                    assert health.status == 200
+            except (TimeoutError, aiohttp.ClientError) as error:
+                hung.append(f"{user.user_id}: {error!r}")
+
+    timeout = aiohttp.ClientTimeout(total=2)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(force_close=True)) as session:
+        await asyncio.gather(*(caller(session, index) for index in range(20)))
+    assert hung == []
+    assert outcomes["admitted"] + outcomes["denied"] == 2000
+    sleeps = sleepers.platform.query("SELECT outcome, count(*) FROM operations WHERE kind = 'sleep' GROUP BY 1")
+    assert dict(sleeps).get("succeeded", 0) > 0, "the race was not run"
+    assert len(engines) == 10
