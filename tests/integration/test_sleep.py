@@ -145,7 +145,7 @@ async def test_sleep_waits_for_a_replica_that_may_have_admitted(platform: Platfo
     sleepers.admissions[1].kill()
     silent = platform.query("SELECT clock_timestamp()")[0][0]
     await sleepers.asleep(engine.engine_id)
-    [(asleep,)] = platform.query("SELECT status_since FROM engines WHERE engine_id = %s", UUID(engine.engine_id))
+    [(asleep,)] = platform.query("SELECT finished_at FROM operations WHERE kind = 'sleep' AND outcome = 'succeeded'")
     assert (asleep - silent).total_seconds() > 4
 
 
