@@ -5,15 +5,13 @@ from datetime import UTC
 from uuid import UUID
 
 import grpc
-from google.rpc.error_details_pb2 import ErrorInfo, RetryInfo
-from grpc_status import rpc_status
 
 from september.engine.v1 import denial_pb2, engine_pb2
 from september.provisioner.v1.provisioner_service_pb2 import EnsureEngineRequest, EnsureEngineResponse
 from september.provisioner.v1.provisioner_service_pb2_grpc import ProvisionerServiceStub
 from services.admission.domain import DenialReason, Engine, EngineStatus
-from services.shared.errors import BootTimeout, RemoteError, ServiceError, Unavailable
-from services.shared.grpc_server import ERROR_DOMAIN
+from services.shared.errors import BootTimeout, ServiceError, Unavailable
+from services.shared.grpc_client import answered_error
 
 # After its timeout a failed boot is undone before it is answered.
 _MARGIN_S = 20.0
@@ -81,14 +79,9 @@ class ProvisionerClient:
 
 
 def _to_error(error: grpc.aio.AioRpcError) -> ServiceError:
-    status = rpc_status.from_call(error)  # type: ignore[arg-type]
-    info, retry = ErrorInfo(), RetryInfo()
-    for detail in status.details if status is not None else ():
-        detail.Unpack(info)
-        detail.Unpack(retry)
-    if status is not None and info.domain == ERROR_DOMAIN:
-        retry_after_s = retry.retry_delay.ToNanoseconds() / 1e9 if retry.HasField("retry_delay") else None
-        return RemoteError(info.reason, status.message, retry_after_s=retry_after_s)
+    answered = answered_error(error)
+    if answered is not None:
+        return answered
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return BootTimeout("the engine was not ready in time")
     return Unavailable("the provisioner can't be reached")
