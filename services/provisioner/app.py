@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from uuid import UUID, uuid4
 
 import structlog
@@ -19,12 +19,14 @@ from services.provisioner.execution import Executor
 from services.provisioner.fleet import Fleet
 from services.provisioner.key_rotation import KeyRotation
 from services.provisioner.lifecycle import Lifecycle
+from services.provisioner.loops.health import Health
 from services.provisioner.loops.housekeeping import Housekeeping
 from services.provisioner.loops.operation_watch import OperationWatch
 from services.provisioner.loops.operation_worker import OperationWorker
+from services.provisioner.loops.reconciler import Reconciler
+from services.provisioner.loops.restarter import Restarter
 from services.provisioner.loops.sleeper import Sleeper
 from services.provisioner.products import Products
-from services.provisioner.recovery import recover
 from services.provisioner.servicers.authorization import AuthorizationInterceptor
 from services.provisioner.servicers.fleet import FleetServicer
 from services.provisioner.servicers.product import ProductServicer
@@ -33,6 +35,7 @@ from services.provisioner.settings import BackendKind, ProvisionerSettings, UrlM
 from services.provisioner.sleep import FallAsleep
 from services.provisioner.store.audit import AuditStore
 from services.provisioner.store.fleet import FleetStore
+from services.provisioner.store.health import HealthStore
 from services.provisioner.store.installation import installation_id
 from services.provisioner.store.intents import IntentStore
 from services.provisioner.store.loop_leases import LoopLease
@@ -40,8 +43,10 @@ from services.provisioner.store.migrations import migrate
 from services.provisioner.store.operations import OperationStore
 from services.provisioner.store.ports import PortAllocator
 from services.provisioner.store.products import ProductStore
+from services.provisioner.store.reconcile import ReconcileStore
 from services.provisioner.watching import Watching
 from services.shared import embedded_postgres
+from services.shared.errors import Unavailable
 from services.shared.grpc_server import GrpcServer
 from services.shared.keys import EngineKeyring
 from services.shared.loops import Broadcast, supervise
@@ -81,6 +86,16 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         ports = PortAllocator(settings.node, range(settings.port_min, settings.port_max + 1))
         url_of = _network_url if settings.engine_url_mode is UrlMode.NETWORK else _host_url
         owner = uuid4()
+
+        def lease(loop: str) -> LoopLease:
+            """For a loop that one Provisioner of this node runs at a time."""
+            lease = LoopLease(database, f"{loop}:{settings.node}", owner)
+            stack.push_async_callback(_release, lease)
+            return lease
+
+        restarts = RestartPolicy(
+            settings.restart_backoff_base_s, settings.restart_backoff_max_s, settings.restart_max_attempts
+        )
         intents = IntentStore(database, node=settings.node, ports=ports, url_of=url_of)
         operations = OperationStore(
             database,
@@ -90,9 +105,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
             boot_timeout_s=settings.boot_timeout_s,
             ports=ports,
             url_of=url_of,
-            restarts=RestartPolicy(
-                settings.restart_backoff_base_s, settings.restart_backoff_max_s, settings.restart_max_attempts
-            ),
+            restarts=restarts,
             stale_ok_s=settings.stale_ok_s,
         )
         boot = Boot(
@@ -124,9 +137,21 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
             intents,
             backend,
             engines,
-            LoopLease(database, "sleeper", owner).leads,
+            lease("sleeper").leads,
             interval_s=settings.sleep_check_interval_s,
             deep_sleep_after_s=settings.deep_sleep_after_s,
+        )
+        records = HealthStore(
+            database, node=settings.node, max_failures=settings.health_max_failures, restarts=restarts
+        )
+        health = Health(records, backend, engines, lease("health").leads, interval_s=settings.health_check_interval_s)
+        restarter = Restarter(records, intents, backend)
+        reconciler = Reconciler(
+            ReconcileStore(database, node=settings.node),
+            intents,
+            backend,
+            lease("reconciler").leads,
+            interval_s=settings.reconcile_interval_s,
         )
 
         audit, fleet = AuditStore(database), FleetStore(database)
@@ -144,7 +169,8 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
             watch.wake()
             changes.give()
 
-        await recover(backend, operations, intents)
+        # Before anybody is served: engines may have ended while nobody looked.
+        await reconciler.tick()
         await stack.enter_async_context(
             background(
                 supervise(
@@ -152,6 +178,9 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
                     watch=watch.run(),
                     listener=database.listen("operations", wake),
                     sleeper=sleeper.run(),
+                    health=health.run(),
+                    restarter=restarter.run(),
+                    reconciler=reconciler.run(),
                     housekeeping=housekeeping.run(),
                 )
             )
@@ -181,6 +210,12 @@ def _host_url(engine_id: UUID, port: int) -> str:
 
 def _network_url(engine_id: UUID, port: int) -> str:
     return f"http://engine-{engine_id}:8000"
+
+
+async def _release(lease: LoopLease) -> None:
+    # It runs out by itself, if the registry is gone.
+    with suppress(Unavailable):
+        await lease.release()
 
 
 async def _stop_engines(backend: Backend) -> None:

@@ -89,7 +89,10 @@ class Boot:
     async def _attempt(self, operation: Operation, lease: Lease, deadline: float) -> None:
         engine = await self._store.engine(operation.engine_id)
         if engine.port is None:
-            raise PortExhaustion("no port is free for one more engine")
+            # When it lost its own there was no other.
+            if not await self._store.swap_port(operation, engine):
+                raise PortExhaustion("no port is free for one more engine")
+            raise PortTaken
         spec = self._spec(engine, engine.port)
         instance = await self._backend.inspect(engine.engine_id)
         lease.check()

@@ -66,6 +66,11 @@ class Executor:
 
     async def _bring_up(self, operation: Operation, lease: Lease) -> Settled:
         failure = failure_of(operation.error_code, operation.error_message)
+        if operation.kind is OperationKind.RESTART and operation.step in (Step.QUEUED, Step.STOPPING):
+            # Its instance may run and answer no more: only a new start can help.
+            lease.check()
+            await self._store.set_step(operation, Step.STOPPING)
+            await self._backend.stop(operation.engine_id, grace_s=STOP_GRACE_S)
         if failure is None:
             failure = await self._boot.bring_up(operation, lease)
         if failure is None:

@@ -10,7 +10,7 @@ MODULES = sorted((ROOT / "services").rglob("*.py"))
 # What talks gRPC or knows the gateway's contract.
 GENERATED_ALLOWED = ("servicer", "servicers.", "provisioner_client", "grpc_server")
 EDGES = ("servicers", "servicer", "loops", "store", "backends", "registry_sql", "provisioner_client")
-USE_CASES = ("fleet", "lifecycle", "products", "execution", "recovery", "admit", "registry", "ratelimit")
+USE_CASES = ("fleet", "lifecycle", "products", "execution", "admit", "registry", "ratelimit")
 
 
 def module_name(path: Path) -> str:

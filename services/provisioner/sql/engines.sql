@@ -8,11 +8,6 @@ SELECT engines.*, port
 FROM engines LEFT JOIN port_leases USING (engine_id, node)
 WHERE product_id = %(product_id)s AND user_id = %(user_id)s
 
--- name: engines_of_node
-SELECT engines.*, port
-FROM engines LEFT JOIN port_leases USING (engine_id, node)
-WHERE node = %(node)s
-
 -- name: lock_engine
 SELECT engine_id FROM engines WHERE engine_id = %(engine_id)s FOR UPDATE
 
@@ -26,7 +21,8 @@ UPDATE engines SET status = %(status)s, status_reason = %(reason)s WHERE engine_
 -- name: set_running
 UPDATE engines
 SET status = 'running', status_reason = NULL, deep_asleep = false, last_health_at = clock_timestamp(),
-    health_failures = 0, restart_at = NULL
+    health_failures = 0, restart_at = NULL,
+    restart_attempts = CASE WHEN %(afresh)s THEN 0 ELSE restart_attempts + %(tried)s END
 WHERE engine_id = %(engine_id)s
 
 -- name: set_asleep

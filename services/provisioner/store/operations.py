@@ -12,7 +12,7 @@ from services.provisioner.domain.engine import Engine, EngineStatus
 from services.provisioner.domain.operation import LeaseLost, Operation, OperationKind, Outcome, Settled, Step
 from services.provisioner.domain.restarts import RestartPolicy
 from services.provisioner.domain.transitions import TRANSITIONS, YIELDS
-from services.provisioner.store.intents import finish_operation, insert_operation
+from services.provisioner.store.intents import SYSTEM, finish_operation, insert_operation
 from services.provisioner.store.ports import PortAllocator
 from services.provisioner.store.rows import load_sql, to_engine, to_operation, to_settled
 from services.shared.errors import ServiceError
@@ -83,9 +83,6 @@ class OperationStore:
             row = await cursor.fetchone()
             assert row is not None, "an engine outlives its open operation"
             return to_engine(row)
-
-    async def engines_of_node(self) -> list[Engine]:
-        return await self._engines("engines_of_node")
 
     async def _engines(self, query: str, **values: object) -> list[Engine]:
         async with self._database.connection() as connection:
@@ -232,18 +229,20 @@ class OperationStore:
         reason = None if failure is None else failure.message
         values: dict[str, object] = {"engine_id": operation.engine_id, "status": after, "reason": reason}
         kind = operation.kind
+        # Automatic starts count, whatever comes of them, until the engine was well for long or somebody starts it.
+        starts = kind in (OperationKind.START, OperationKind.RESTART)
+        tried = int(starts and operation.actor == SYSTEM)
         if kind is OperationKind.SLEEP and after is EngineStatus.RUNNING:
             await tx.execute(_ENGINES["set_busy"], {**values, "reason": reason or "it was wanted"})
         elif after is EngineStatus.RUNNING:
             if kind is OperationKind.ROTATE_KEY:
                 await tx.execute(_ENGINES["commit_pending_key"], values)
-            await tx.execute(_ENGINES["set_running"], values)
+            await tx.execute(_ENGINES["set_running"], {**values, "tried": tried, "afresh": starts and not tried})
         elif kind in YIELDS:
             deep = kind is OperationKind.DEEP_SLEEP and outcome is Outcome.SUCCEEDED
             await tx.execute(_ENGINES["set_asleep"], {**values, "deep": deep})
         elif after is EngineStatus.FAILED:
             await tx.execute(_ENGINES["drop_pending_key"], values)
-            tried = 1 if kind is OperationKind.RESTART else 0
             cursor = await tx.execute(_ENGINES["set_failed"], {**values, **asdict(self._restarts), "tried": tried})
             row = await cursor.fetchone()
             return bool(tried and row is not None and row["given_up"])
