@@ -1,5 +1,6 @@
 """Policies: read strictly, because a limit that isn't there is a limit that doesn't hold."""
 
+import dataclasses
 import math
 
 import pytest
@@ -11,13 +12,20 @@ from services.shared.errors import InvalidRequest, PolicyDenied, ServiceError
 
 
 def test_a_whole_policy_is_read() -> None:
-    fields = {"max_engines": 10.0, "rate_limit_rpm": 60.0, "allowed_images": ["a:*", "b@sha256:*"]}
-    assert parse_policy(fields) == Policy(10, 60, ("a:*", "b@sha256:*"))
+    fields = {
+        "max_engines": 10.0,
+        "rate_limit_rpm": 60.0,
+        "allowed_images": ["a:*", "b@sha256:*"],
+        "idle_sleep_after_s": 900.0,
+        "max_keep_awake_s": 0.0,
+    }
+    assert parse_policy(fields) == Policy(10, 60, ("a:*", "b@sha256:*"), 900, 0)
 
 
 def test_what_is_left_out_takes_its_default() -> None:
-    assert parse_policy({"max_engines": 0}) == Policy(0, None, ())
-    assert parse_policy({"max_engines": 1, "rate_limit_rpm": None}).rate_limit_rpm is None
+    assert parse_policy({"max_engines": 0}) == Policy(0, None, (), None, 3600)
+    unlimited = parse_policy({"max_engines": 1, "rate_limit_rpm": None, "idle_sleep_after_s": None})
+    assert (unlimited.rate_limit_rpm, unlimited.idle_sleep_after_s) == (None, None)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +54,17 @@ def test_what_is_left_out_takes_its_default() -> None:
         ({"max_engines": 1, "allowed_images": ["a b"]}, "policy.allowed_images[0]"),
         ({"max_engines": 1, "allowed_images": ["a"] * 101}, "policy.allowed_images"),
         ({"max_engines": 1, "allowed_images": None}, "policy.allowed_images"),
+        ({"max_engines": 1, "idle_sleep_after_s": 0}, "policy.idle_sleep_after_s"),
+        ({"max_engines": 1, "idle_sleep_after_s": -1}, "policy.idle_sleep_after_s"),
+        ({"max_engines": 1, "idle_sleep_after_s": 0.5}, "policy.idle_sleep_after_s"),
+        ({"max_engines": 1, "idle_sleep_after_s": "900"}, "policy.idle_sleep_after_s"),
+        ({"max_engines": 1, "idle_sleep_after_s": 31_536_001}, "policy.idle_sleep_after_s"),
+        ({"max_engines": 1, "idle_sleep_after": 900}, "policy.idle_sleep_after"),
+        ({"max_engines": 1, "max_keep_awake_s": -1}, "policy.max_keep_awake_s"),
+        ({"max_engines": 1, "max_keep_awake_s": 1.5}, "policy.max_keep_awake_s"),
+        ({"max_engines": 1, "max_keep_awake_s": None}, "policy.max_keep_awake_s"),
+        ({"max_engines": 1, "max_keep_awake_s": False}, "policy.max_keep_awake_s"),
+        ({"max_engines": 1, "max_keep_awake_s": 604_801}, "policy.max_keep_awake_s"),
     ],
 )
 def test_what_is_wrong_is_refused_by_name(fields: dict[str, object], named: str) -> None:
@@ -61,7 +80,10 @@ _json = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(["max_engines", "rate_limit_rpm", "allowed_images", "other"]), _json))
+_NAMES = [field.name for field in dataclasses.fields(Policy)]
+
+
+@given(st.dictionaries(st.sampled_from([*_NAMES, "other"]), _json))
 def test_any_json_is_a_policy_or_an_invalid_request(fields: dict[str, object]) -> None:
     try:
         policy = parse_policy(fields)
@@ -69,6 +91,8 @@ def test_any_json_is_a_policy_or_an_invalid_request(fields: dict[str, object]) -
         return
     assert 0 <= policy.max_engines <= 1_000_000
     assert policy.rate_limit_rpm is None or 1 <= policy.rate_limit_rpm <= 1_000_000
+    assert policy.idle_sleep_after_s is None or 1 <= policy.idle_sleep_after_s <= 31_536_000
+    assert 0 <= policy.max_keep_awake_s <= 604_800
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ _SQL = load_sql("fleet")
 
 _BEFORE_ALL = (datetime.min.replace(tzinfo=UTC), UUID(int=0))
 # A batch of so many takes a fraction of what a statement may.
-_FOLD_BATCH = 50_000
+_FOLD_BATCH = 100_000
 
 
 class FleetStore:
