@@ -35,7 +35,7 @@ types: $(VENV)/.dev ## Check types.
 breaking: build/googleapis ## Check that the protos break no caller.
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/buf-breaking
 
-gen: $(VENV)/.dev ## Make again all that is generated from the protos.
+gen: $(VENV)/.dev ## Make again all that is generated from the protos and the code.
 	$(BIN)/python -m tools.generate
 
 engine-image: ## Build the image of the reference engine.

@@ -1,9 +1,10 @@
-"""Generates from `proto/` all that is committed and never edited.
+"""Generates from `proto/`, and from the code itself, all that is committed and never edited.
 
 - `gen/python/`: messages and services, with type stubs;
 - `deploy/envoy/descriptor.binpb`: what the JSON transcoder reads;
 - `deploy/envoy/errors.lua`: error code -> HTTP status, for the gateway;
-- `docs/errors.md`: the error table for readers.
+- `docs/errors.md`: the error table for readers;
+- `docs/cli.md`: the commands of `september`.
 
 The protos of googleapis come from the installed wheel. buf lints and builds; the
 code generator is the protoc inside grpcio-tools, because the gRPC plugin for
@@ -118,6 +119,8 @@ def main() -> None:
         "-o", "deploy/envoy/descriptor.binpb",
     )  # fmt: skip
     generate_error_tables(error_rows())
+    # In a process of its own: what it imports has just been written.
+    run(sys.executable, "-m", "tools.cli_docs")
 
 
 if __name__ == "__main__":

@@ -4,20 +4,33 @@ import sys
 
 import typer
 
-from services.cli import db, up
+from services.cli import admit, audit, db, engine, fleet, product, up
+from services.cli.command import EXIT_CODES
 from services.cli.failure import Failure
 from services.shared import log
 from services.shared.errors import ServiceError
 
+_HELP = """\
+Private, single-tenant engines for the users of products.
+
+Addresses and keys come from options, else from the environment, else, if these name no address, from the platform that
+runs on this machine (ORCH_VAR_DIR/run/env). Lists are tables on a terminal and lines of fields between tabs elsewhere.
+"""
+
 app = typer.Typer(
-    help="Private, single-tenant engines for the users of products.",
+    help=_HELP,
+    epilog="\b\nExit codes:\n" + "\n".join(f"{code:>5}  {meaning}" for code, meaning in EXIT_CODES.items()),
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 app.command("up")(up.up)
 app.add_typer(db.app, name="db")
+app.add_typer(product.app, name="product")
+app.add_typer(engine.app, name="engine")
+app.add_typer(admit.app)
+app.add_typer(fleet.app, name="fleet")
+app.add_typer(audit.app)
 
 
 def main() -> None:
