@@ -63,7 +63,7 @@ class Ward:
         return process
 
     def volume(self, engine: Any) -> Path:
-        return self.platform.directory / "var" / "engines" / engine.engine_id / "data"
+        return self.platform.directory / "var" / "engines" / str(engine.engine_id) / "data"
 
     def row(self, engine: Any, columns: str) -> tuple[Any, ...]:
         (row,) = self.platform.query(f"SELECT {columns} FROM engines WHERE engine_id = %s", UUID(engine.engine_id))
