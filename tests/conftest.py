@@ -9,7 +9,6 @@ from hypothesis import HealthCheck, settings
 from services.shared import embedded_postgres
 from tests.harness import Clients, Platform, Service, new_database, running_platform
 
-
 # These machines are noisy; how long an example takes says nothing.
 settings.register_profile("noisy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("noisy")
