@@ -48,23 +48,25 @@ class Installation:
         }
         self.started: list[subprocess.Popen[bytes]] = []
 
-    def begin(self) -> subprocess.Popen[bytes]:
+    def begin(self, *options: str) -> subprocess.Popen[bytes]:
         with self.output.open("wb") as output:
             up = subprocess.Popen(
-                [sys.executable, "-m", "services.cli", "up"],
+                [sys.executable, "-m", "services.cli", "up", *options],
                 cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
         self.started.append(up)
         return up
 
-    def up(self) -> subprocess.Popen[bytes]:
+    def up(self, *options: str) -> subprocess.Popen[bytes]:
         """Starts it, and returns when it is ready."""
         began = time.monotonic()
-        up = self.begin()
+        announcement = self.var / "run" / "env"
+        announcement.unlink(missing_ok=True)
+        up = self.begin(*options)
 
         def ready() -> bool:
             assert up.poll() is None, self.output.read_text()
-            return (self.var / "run" / "env").exists()
+            return announcement.exists()
 
         eventually(ready, "up is ready")
         print(f"ready after {time.monotonic() - began:.1f} s")
@@ -120,7 +122,8 @@ class Installation:
             if up.poll() is None:
                 up.terminate()
                 up.wait(60)
-        embedded_postgres.stop(self.var / "postgres")
+        for data_dir in self.var.glob("postgres*"):
+            embedded_postgres.stop(data_dir)
         for process in self.processes():
             with suppress(psutil.Error):
                 process.kill()
