@@ -1,5 +1,6 @@
 """gRPC through the gateway's port: which methods exist, and that calls pass as they are."""
 
+import struct
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -127,16 +128,22 @@ async def test_services_get_only_metadata_that_they_know(served: Served) -> None
     }  # fmt: skip
 
 
-async def test_a_deadline_of_the_caller_reaches_the_service(served: Served) -> None:
+@pytest.mark.parametrize("content_type", ["application/grpc", "application/grpc+proto"])
+async def test_a_deadline_of_the_caller_reaches_the_service(served: Served, content_type: str) -> None:
     remaining = []
 
     async def behaviour(context: Context) -> Message:
         remaining.append(context.time_remaining())
         return admission_pb.AdmitResponse()
 
-    request = admission_pb.AdmitRequest(user_id=served.admission.on(behaviour))
-    await served.call(ADMIT, request.SerializeToString())
-    assert 5 < remaining[0] < 15
+    request = admission_pb.AdmitRequest(user_id=served.admission.on(behaviour)).SerializeToString()
+    await served.gateway.rest(
+        "POST",
+        ADMIT,
+        struct.pack(">BI", 0, len(request)) + request,
+        [("content-type", content_type), ("te", "trailers"), ("grpc-timeout", "10S")],
+    )
+    assert 5 < remaining[0] <= 10
 
 
 async def test_a_message_of_64_kib_passes_and_one_byte_more_does_not(served: Served) -> None:
