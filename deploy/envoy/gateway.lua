@@ -5,7 +5,7 @@
 -- gRPC's own, and a service would fail on it.
 local REQUEST_HEADERS = {
   [":authority"] = true, [":method"] = true, [":path"] = true, [":scheme"] = true,
-  ["content-length"] = true, ["content-type"] = true,
+  ["content-type"] = true,
   -- Routing needs the scheme.
   ["x-forwarded-proto"] = true,
   ["x-admin-key"] = true, ["x-platform-key"] = true, ["x-request-id"] = true,

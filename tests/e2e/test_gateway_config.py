@@ -33,7 +33,10 @@ def test_envoy_accepts_the_configuration(tmp_path: Path) -> None:
 
 
 def test_routes_that_boot_or_destroy_outlast_the_boot_timeout() -> None:
-    assert dict(re.findall(r"- \{name: (\w+), .* timeout: (\S+)\}\}", render(SETTINGS))) == {
+    config = render(SETTINGS)
+    # Nothing moves on a stream while an engine boots.
+    assert "stream_idle_timeout: 72.5s" in config
+    assert dict(re.findall(r"- \{name: (\w+), .* timeout: (\S+)\}\}", config)) == {
         "Admit": "42.5s",
         "ProvisionEngine": "42.5s",
         "DestroyEngine": "42.5s",

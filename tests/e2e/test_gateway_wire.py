@@ -12,10 +12,11 @@ import pytest
 
 from september.admission.v1 import admission_service_pb2 as admission_pb
 from tests.e2e import http2
-from tests.e2e.gateway_process import RESPONSE_HEADERS, running_gateway
+from tests.e2e.gateway_process import DEADLINE_S, RESPONSE_HEADERS, running_gateway
 from tests.e2e.gateway_services import engine
 
 UNAVAILABLE = (503, "UNAVAILABLE", "the service is not available, try again")
+POST_ADMIT = [(":method", "POST"), (":scheme", "http"), (":authority", "a"), (":path", "/engines/a/admit")]
 OK_HEADERS = [(":status", "200"), ("content-type", "application/grpc")]
 
 
@@ -144,6 +145,23 @@ async def test_success_without_a_message_is_no_success(tmp_path: Path) -> None:
         assert {name for name, _ in answer.headers} <= RESPONSE_HEADERS
 
 
+async def http2_answers(address: str, request: bytes, stream: int) -> dict[int, list[bytes]]:
+    """Sends frames; the payloads of the HEADERS and DATA frames that answer the stream."""
+    host, port = address.split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(http2.PREFACE + http2.frame(http2.SETTINGS, 0, 0) + request)
+    answered: dict[int, list[bytes]] = {http2.HEADERS: [], http2.DATA: []}
+    async with asyncio.timeout(DEADLINE_S):
+        async for kind, flags, answered_stream, payload in http2.frames(reader):
+            if kind in answered and answered_stream == stream:
+                answered[kind].append(payload)
+                if flags & http2.END_STREAM:
+                    break
+    writer.close()
+    await writer.wait_closed()
+    return answered
+
+
 @pytest.mark.parametrize("status", ["0", "9"])
 async def test_an_http2_caller_of_rest_gets_no_trailers(tmp_path: Path, status: str) -> None:
     def answer(stream: int) -> bytes:
@@ -152,18 +170,18 @@ async def test_an_http2_caller_of_rest_gets_no_trailers(tmp_path: Path, status: 
         return first + http2.headers(stream, trailers, end=True)
 
     async with answering(answer) as upstream, running_gateway(tmp_path, upstream.address, "127.0.0.1:1") as gateway:
-        host, port = gateway.address.split(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
-        fields = [(":method", "POST"), (":scheme", "http"), (":authority", "a"), (":path", "/engines/a/admit")]
-        writer.write(http2.PREFACE + http2.frame(http2.SETTINGS, 0, 0) + http2.headers(1, fields, end=True))
-        answered: dict[int, list[bytes]] = {http2.HEADERS: [], http2.DATA: []}
-        async for kind, flags, _, payload in http2.frames(reader):
-            if kind in answered:
-                answered[kind].append(payload)
-                if flags & http2.END_STREAM:
-                    break
-        writer.close()
-        await writer.wait_closed()
+        answered = await http2_answers(gateway.address, http2.headers(1, POST_ADMIT, end=True), 1)
     # A second HEADERS frame would be the trailers.
     assert len(answered[http2.HEADERS]) == 1
     assert list(json.loads(b"".join(answered[http2.DATA]))) == (["admitted", "engine"] if status == "0" else ["error"])
+
+
+async def test_a_malformed_http2_request_does_not_cost_the_others_their_connection(tmp_path: Path) -> None:
+    async with (
+        answering(grpc_answer(message(), ("grpc-status", "0"))) as upstream,
+        running_gateway(tmp_path, upstream.address, "127.0.0.1:1") as gateway,
+    ):
+        malformed = http2.headers(1, [*POST_ADMIT, ("Upper-Case", "x")], end=True)
+        answered = await http2_answers(gateway.address, malformed + http2.headers(3, POST_ADMIT, end=True), 3)
+        assert json.loads(b"".join(answered[http2.DATA]))["admitted"] is True
+        assert upstream.calls == 1
