@@ -4,6 +4,7 @@ import asyncio
 import re
 import socket
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,11 @@ async def test_a_second_gateway_on_the_port_fails(tmp_path: Path) -> None:
         config = tmp_path / "second.yaml"
         config.write_text(render(GatewaySettings(gateway.address, "127.0.0.1:1", "127.0.0.1:1")))
         second = await asyncio.create_subprocess_exec(*command(config), stderr=asyncio.subprocess.PIPE)
-        _, log = await asyncio.wait_for(second.communicate(), DEADLINE_S)
+        try:
+            _, log = await asyncio.wait_for(second.communicate(), DEADLINE_S)
+        finally:
+            with suppress(ProcessLookupError):
+                second.kill()
         assert second.returncode != 0
         assert b"Address already in use" in log
 
