@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.client import HTTPConnection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -34,6 +35,7 @@ class Installation:
     """A directory to run `september` on, with ports of its own."""
 
     def __init__(self, directory: Path, **settings: str) -> None:
+        directory.mkdir()
         self.var = directory / "var"
         self.output = directory / "output"
         self.environment = {
@@ -130,15 +132,17 @@ class Installation:
 
 
 @pytest.fixture
-def install(tmp_path: Path) -> Iterator[Callable[..., Installation]]:
+def install() -> Iterator[Callable[..., Installation]]:
+    """Makes installations; ends what they have left."""
     made: list[Installation] = []
 
-    def install(**settings: str) -> Installation:
-        directory = tmp_path / str(len(made))
-        directory.mkdir()
-        made.append(Installation(directory, **settings))
-        return made[-1]
+    # Not below pytest's own directory: it closes that to PostgreSQL's user whenever another run begins.
+    with TemporaryDirectory(prefix="september-") as directory:
 
-    yield install
-    for one in made:
-        one.close()
+        def install(**settings: str) -> Installation:
+            made.append(Installation(Path(directory) / str(len(made)), **settings))
+            return made[-1]
+
+        yield install
+        for one in made:
+            one.close()
