@@ -52,7 +52,7 @@ build/googleapis: $(VENV)/.dev
 define install
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "Python 3.11 or later is needed; name one: make PYTHON=/path/to/python3" >&2; exit 1; }
-	@echo "Installing into $(VENV)"
+	@echo "Installing into $(VENV), about half a minute"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable $(1)
 endef

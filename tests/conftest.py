@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,11 +16,16 @@ settings.load_profile("noisy")
 
 
 @pytest.fixture(scope="session")
-def postgres_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A PostgreSQL of the tests' own."""
-    data_dir = tmp_path_factory.mktemp("postgres") / "data"
-    yield embedded_postgres.start(data_dir)
-    embedded_postgres.stop(data_dir)
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL of the tests' own.
+
+    Not below pytest's directory, which every new run shuts to others again: as root the server
+    runs as a user of its own.
+    """
+    with TemporaryDirectory(prefix="september-") as directory:
+        data_dir = Path(directory) / "data"
+        yield embedded_postgres.start(data_dir)
+        embedded_postgres.stop(data_dir)
 
 
 @pytest.fixture

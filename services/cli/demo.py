@@ -8,10 +8,9 @@ from services.cli.var_directory import VarDirectory
 
 _SLUG = "demo"
 _POLICY = {"max_engines": 100, "rate_limit_rpm": 6000}
-_SECRET = "demo_platform_key"  # noqa: S105 - the name of a file
 
 
-def platform_key(gateway: str, admin_key: str, var: VarDirectory) -> str:
+def platform_key(gateway: str, admin_key: str, var: VarDirectory, secret: str) -> str:
     """The demo product's key: from an earlier run, or of a product registered now.
 
     Goes through the gateway, and so shows that the parts work together. Blocks.
@@ -19,7 +18,8 @@ def platform_key(gateway: str, admin_key: str, var: VarDirectory) -> str:
     Args:
         gateway: its `host:port`.
         admin_key: registers products.
-        var: keeps the key.
+        var: keeps the key,
+        secret: under this name.
 
     Raises:
         Failure: the platform refuses.
@@ -32,12 +32,12 @@ def platform_key(gateway: str, admin_key: str, var: VarDirectory) -> str:
             # Its key is lost: kept only as a hash there, and not here.
             return _register(gateway, admin_key, f"{_SLUG}-{secrets.token_hex(4)}")
 
-    key = var.secret(_SECRET, register)
+    key = var.secret(secret, register)
     status, _ = rest.call(gateway, "POST", "/engines/nobody/admit", {"X-Platform-Key": key})
     if status == 401:
         # Of a registry that is no more.
-        var.forget(_SECRET)
-        return var.secret(_SECRET, register)
+        var.forget(secret)
+        return var.secret(secret, register)
     return key
 
 

@@ -1,39 +1,29 @@
 """`september up`: the whole platform on this machine, in the foreground."""
 
 import asyncio
-import math
 import os
 import secrets
 import signal
-import sys
-from collections.abc import Awaitable, Coroutine, Mapping, Sequence
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from typing import Annotated, Any
 
 import typer
 from cryptography.fernet import Fernet
-from pydantic import Field
 from rich.console import Console
 
-from services.admission.settings import AdmissionSettings
-from services.cli import database, demo, gateway, health
 from services.cli.addresses import claim, reachable
-from services.cli.failure import Failure, failure_with_log
-from services.cli.part import Part
+from services.cli.failure import Failure
+from services.cli.platform import Platform
 from services.cli.progress import StartProgress
+from services.cli.settings import UpSettings
 from services.cli.var_directory import VarDirectory
-from services.provisioner.settings import BackendKind, ProvisionerSettings
-from services.shared import embedded_postgres
-from services.shared.settings import PREFIX, StorageSettings, load
+from services.provisioner.settings import BackendKind
+from services.shared.settings import StorageSettings, load
 
-_START_S = 60.0
-# How long a part may take to end. The Provisioner first ends its engines.
-_PROVISIONER_GRACE_S = 60.0
-_ADMISSION_GRACE_S = 20.0
-_GATEWAY_GRACE_S = 5.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-_SESSION = """\
+_SESSION = """
 Ready: REST at {rest}, gRPC at {admission} (Admission) and {provisioner} (Provisioner).
 Try it from another terminal, in this directory:
 
@@ -47,16 +37,12 @@ Ctrl-C ends it; data, logs and keys stay in {var}.
 """
 
 
-class UpSettings(ProvisionerSettings, AdmissionSettings):
-    """Settings of all parts: they read them from one environment."""
-
-    gateway_listen: str = Field("127.0.0.1:8080", description="Address that the gateway serves REST and gRPC on.")
-
-
 def up(backend: Annotated[BackendKind | None, typer.Option(help="What runs engines.")] = None) -> None:
     """Run the whole platform on this machine, until Ctrl-C."""
     var = VarDirectory(load(StorageSettings).var_dir)
     with var.exclusive():
+        # Left by one that was killed, it would be believed.
+        var.environment.unlink(missing_ok=True)
         settings = _prepare_environment(var, backend)
         asyncio.run(_until_signal(_serve(var, settings, Console())))
 
@@ -121,7 +107,7 @@ async def _serve(var: VarDirectory, settings: UpSettings, console: Console) -> N
         # The watch ends first: from then on parts end because they are told to.
         async with AsyncExitStack() as stack, asyncio.TaskGroup() as watch:
             with StartProgress(console) as progress:
-                announced = await _start(var, settings, progress, stack, watch)
+                announced = await Platform(var, settings, progress, stack, watch).start()
             stack.enter_context(var.announced(announced))
             console.print(
                 _SESSION.format(
@@ -138,78 +124,3 @@ async def _serve(var: VarDirectory, settings: UpSettings, console: Console) -> N
             stack.callback(console.print, "Stopping")
     except ExceptionGroup as group:
         raise group.exceptions[0] from None
-
-
-async def _start(
-    var: VarDirectory, settings: UpSettings, progress: StartProgress, stack: AsyncExitStack, watch: asyncio.TaskGroup
-) -> dict[str, str]:
-    """Starts the parts; `stack` ends them in reverse order. Returns what callers need to know."""
-
-    async def run(name: str, command: Sequence[str], environment: Mapping[str, str], grace_s: float) -> Part:
-        part = await Part.start(name, command, environment, var.log(name))
-        stack.push_async_callback(part.stop, grace_s)
-        watch.create_task(part.watch())
-        return part
-
-    with progress.part("postgresql"):
-        url = settings.database_url or await _start_embedded(var, stack, watch)
-        await database.bring_up_to_date(url)
-    os.environ["ORCH_DATABASE_URL"] = url
-
-    admission_address = reachable(settings.admission_listen)
-    provisioner_address = settings.provisioner_addr
-    gateway_address = reachable(settings.gateway_listen)
-    config = var.write(
-        "envoy.yaml",
-        gateway.render(
-            gateway.GatewaySettings(
-                listen=settings.gateway_listen,
-                admission=admission_address,
-                provisioner=provisioner_address,
-                boot_timeout_s=math.ceil(settings.boot_timeout_s),
-            )
-        ),
-    )
-    without_secrets = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-    python = (sys.executable, "-m")
-    provisioner = await run("provisioner", [*python, "services.provisioner"], os.environ, _PROVISIONER_GRACE_S)
-    admission = await run("admission", [*python, "services.admission"], os.environ, _ADMISSION_GRACE_S)
-    envoy = await run("gateway", gateway.command(config), without_secrets, _GATEWAY_GRACE_S)
-
-    async def healthy(part: Part, answer: Awaitable[None]) -> None:
-        with progress.part(part.name):
-            await part.healthy(answer, _START_S)
-
-    await asyncio.gather(
-        healthy(provisioner, health.serving(provisioner_address)),
-        healthy(admission, health.serving(admission_address)),
-        healthy(envoy, health.answering(gateway_address)),
-    )
-    admin_key = settings.admin_key.get_secret_value()
-    return {
-        "REST_URL": f"http://{gateway_address}",
-        "ADMISSION_ADDR": admission_address,
-        "PROVISIONER_ADDR": provisioner_address,
-        "PLATFORM_KEY": await asyncio.to_thread(demo.platform_key, gateway_address, admin_key, var),
-        "ADMIN_KEY": admin_key,
-        "DATABASE_URL": url,
-    }
-
-
-async def _start_embedded(var: VarDirectory, stack: AsyncExitStack, watch: asyncio.TaskGroup) -> str:
-    starting = asyncio.create_task(asyncio.to_thread(database.start_embedded, var))
-
-    async def stop() -> None:
-        # A start can't be interrupted: what it makes would be left.
-        await asyncio.gather(starting, return_exceptions=True)
-        await asyncio.to_thread(embedded_postgres.stop, var.postgres)
-
-    async def watched() -> None:
-        while await asyncio.to_thread(embedded_postgres.is_running, var.postgres):  # noqa: ASYNC110 - no child of ours
-            await asyncio.sleep(1)
-        raise failure_with_log("PostgreSQL has ended", var.postgres / "log")
-
-    stack.push_async_callback(stop)
-    url = await asyncio.shield(starting)
-    watch.create_task(watched())
-    return url

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.client import HTTPConnection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -34,6 +35,7 @@ class Installation:
     """A directory to run `september` on, with ports of its own."""
 
     def __init__(self, directory: Path, **settings: str) -> None:
+        directory.mkdir()
         self.var = directory / "var"
         self.output = directory / "output"
         self.environment = {
@@ -48,23 +50,25 @@ class Installation:
         }
         self.started: list[subprocess.Popen[bytes]] = []
 
-    def begin(self) -> subprocess.Popen[bytes]:
+    def begin(self, *options: str) -> subprocess.Popen[bytes]:
         with self.output.open("wb") as output:
             up = subprocess.Popen(
-                [sys.executable, "-m", "services.cli", "up"],
+                [sys.executable, "-m", "services.cli", "up", *options],
                 cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
             )  # fmt: skip
         self.started.append(up)
         return up
 
-    def up(self) -> subprocess.Popen[bytes]:
+    def up(self, *options: str) -> subprocess.Popen[bytes]:
         """Starts it, and returns when it is ready."""
         began = time.monotonic()
-        up = self.begin()
+        announcement = self.var / "run" / "env"
+        announcement.unlink(missing_ok=True)
+        up = self.begin(*options)
 
         def ready() -> bool:
             assert up.poll() is None, self.output.read_text()
-            return (self.var / "run" / "env").exists()
+            return announcement.exists()
 
         eventually(ready, "up is ready")
         print(f"ready after {time.monotonic() - began:.1f} s")
@@ -120,22 +124,25 @@ class Installation:
             if up.poll() is None:
                 up.terminate()
                 up.wait(60)
-        embedded_postgres.stop(self.var / "postgres")
+        for data_dir in self.var.glob("postgres*"):
+            embedded_postgres.stop(data_dir)
         for process in self.processes():
             with suppress(psutil.Error):
                 process.kill()
 
 
 @pytest.fixture
-def install(tmp_path: Path) -> Iterator[Callable[..., Installation]]:
+def install() -> Iterator[Callable[..., Installation]]:
+    """Makes installations; ends what they have left."""
     made: list[Installation] = []
 
-    def install(**settings: str) -> Installation:
-        directory = tmp_path / str(len(made))
-        directory.mkdir()
-        made.append(Installation(directory, **settings))
-        return made[-1]
+    # Not below pytest's own directory: it closes that to PostgreSQL's user whenever another run begins.
+    with TemporaryDirectory(prefix="september-") as directory:
 
-    yield install
-    for one in made:
-        one.close()
+        def install(**settings: str) -> Installation:
+            made.append(Installation(Path(directory) / str(len(made)), **settings))
+            return made[-1]
+
+        yield install
+        for one in made:
+            one.close()

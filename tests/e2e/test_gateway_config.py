@@ -4,6 +4,7 @@ import asyncio
 import re
 import socket
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,10 @@ def test_envoy_accepts_the_configuration(tmp_path: Path) -> None:
 
 
 def test_routes_that_boot_or_destroy_outlast_the_boot_timeout() -> None:
-    assert dict(re.findall(r"- \{name: (\w+), .* timeout: (\S+)\}\}", render(SETTINGS))) == {
+    config = render(SETTINGS)
+    # Nothing moves on a stream while an engine boots.
+    assert "stream_idle_timeout: 72.5s" in config
+    assert dict(re.findall(r"- \{name: (\w+), .* timeout: (\S+)\}\}", config)) == {
         "Admit": "42.5s",
         "ProvisionEngine": "42.5s",
         "DestroyEngine": "42.5s",
@@ -60,7 +64,11 @@ async def test_a_second_gateway_on_the_port_fails(tmp_path: Path) -> None:
         config = tmp_path / "second.yaml"
         config.write_text(render(GatewaySettings(gateway.address, "127.0.0.1:1", "127.0.0.1:1")))
         second = await asyncio.create_subprocess_exec(*command(config), stderr=asyncio.subprocess.PIPE)
-        _, log = await asyncio.wait_for(second.communicate(), DEADLINE_S)
+        try:
+            _, log = await asyncio.wait_for(second.communicate(), DEADLINE_S)
+        finally:
+            with suppress(ProcessLookupError):
+                second.kill()
         assert second.returncode != 0
         assert b"Address already in use" in log
 

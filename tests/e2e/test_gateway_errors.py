@@ -1,8 +1,5 @@
 """Every error that a service can answer with, as REST and gRPC callers get it."""
 
-import asyncio
-import json
-import struct
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import cast
@@ -210,39 +207,3 @@ async def test_an_answer_too_large_to_transcode_is_an_error_and_not_empty(served
 
     answer = await served.gateway.rest("GET", f"/engines/{served.services.on(behaviour)}")
     assert answer.own_error()[:2] == (500, "INTERNAL")
-
-
-async def test_an_http2_caller_of_rest_gets_the_envelope_and_no_trailers(served: Served) -> None:
-    user_id = served.services.on(after_headers(failing("ENGINE_NOT_RUNNING", "asleep")))
-    frames = await http2_post(served.gateway.address, f"/engines/{user_id}/admit")
-    # HEADERS and DATA; a second HEADERS would be trailers.
-    assert [kind for kind, _ in frames] == [1, 0]
-    assert json.loads(frames[1][1]) == {"error": {"code": "ENGINE_NOT_RUNNING", "message": "asleep"}}
-
-
-async def http2_post(address: str, path: str) -> list[tuple[int, bytes]]:
-    """The answer's HEADERS and DATA frames: type and payload; empty DATA is left out."""
-
-    def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-        return struct.pack(">I", len(payload))[1:] + struct.pack(">BBI", kind, flags, stream) + payload
-
-    fields = [(":method", "POST"), (":scheme", "http"), (":authority", "gateway"), (":path", path)]
-    # Literals without indexing, which need no table.
-    block = b"".join(b"\0" + b"".join(bytes([len(part)]) + part.encode() for part in pair) for pair in fields)
-    host, port = address.split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    # END_STREAM and END_HEADERS.
-    writer.write(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(1, 5, 1, block))
-    frames = []
-    ended = False
-    async with asyncio.timeout(10):
-        while not ended:
-            head = await reader.readexactly(9)
-            payload = await reader.readexactly(int.from_bytes(head[:3], "big"))
-            if head[3] in (0, 1):
-                ended = bool(head[4] & 1)
-                if payload:
-                    frames.append((head[3], payload))
-    writer.close()
-    await writer.wait_closed()
-    return frames

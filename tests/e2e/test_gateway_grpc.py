@@ -1,5 +1,6 @@
 """gRPC through the gateway's port: which methods exist, and that calls pass as they are."""
 
+import struct
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import pytest_asyncio
 from google.protobuf.message import Message
 
 from september.admission.v1 import admission_service_pb2 as admission_pb
+from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceStub
 from september.engine.v1 import denial_pb2
 from september.provisioner.v1 import product_service_pb2 as product_pb
 from september.provisioner.v1 import provisioner_service_pb2 as provisioner_pb
@@ -127,16 +129,31 @@ async def test_services_get_only_metadata_that_they_know(served: Served) -> None
     }  # fmt: skip
 
 
-async def test_a_deadline_of_the_caller_reaches_the_service(served: Served) -> None:
+@pytest.mark.parametrize("content_type", ["application/grpc", "application/grpc+proto"])
+async def test_a_deadline_of_the_caller_reaches_the_service(served: Served, content_type: str) -> None:
     remaining = []
 
     async def behaviour(context: Context) -> Message:
         remaining.append(context.time_remaining())
         return admission_pb.AdmitResponse()
 
-    request = admission_pb.AdmitRequest(user_id=served.admission.on(behaviour))
-    await served.call(ADMIT, request.SerializeToString())
-    assert 5 < remaining[0] < 15
+    request = admission_pb.AdmitRequest(user_id=served.admission.on(behaviour)).SerializeToString()
+    await served.gateway.rest(
+        "POST",
+        ADMIT,
+        struct.pack(">BI", 0, len(request)) + request,
+        [("content-type", content_type), ("te", "trailers"), ("grpc-timeout", "10S")],
+    )
+    assert 5 < remaining[0] <= 10
+
+
+async def test_a_compressed_message_passes(served: Served) -> None:
+    stub = AdmissionServiceStub(served.channel)
+    request = admission_pb.AdmitRequest(user_id="g" * 200)
+    answer = await stub.Admit(request, compression=grpc.Compression.Gzip)
+    assert answer.engine.user_id == request.user_id
+    (call,) = served.admission.calls[request.user_id]
+    assert int(str(call.values("content-length")[0])) < 100
 
 
 async def test_a_message_of_64_kib_passes_and_one_byte_more_does_not(served: Served) -> None:

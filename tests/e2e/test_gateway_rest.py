@@ -244,6 +244,10 @@ async def test_an_id_that_is_not_percent_encoded_utf_8_is_refused(served: Served
         assert answer.own_error()[:2] == (400, "INVALID_REQUEST")
 
 
+async def test_a_slash_at_the_end_is_no_part_of_an_id(served: Served) -> None:
+    assert (await served.gateway.rest("GET", "/engines/ina/")).json()["user_id"] == "ina"
+
+
 async def test_an_empty_id_stays_empty(served: Served) -> None:
     await served.gateway.rest("POST", "/engines//admit")
     assert served.admission.calls[""][-1].request == admission_pb.AdmitRequest()

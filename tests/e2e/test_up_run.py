@@ -171,7 +171,6 @@ def test_when_it_is_killed_its_parts_end_and_the_next_start_takes_over_the_rest(
     up.wait()
     eventually(lambda: installation.names() == {"postgres", "engine"}, "the parts end")
 
-    (installation.var / "run" / "env").unlink()
     up = installation.up()
     after = installation.admit()
     assert after["api_key"] == before["api_key"]
@@ -223,7 +222,7 @@ def test_a_key_that_the_registry_does_not_know_is_replaced(install: Install) -> 
     up.terminate()
     assert up.wait(DEADLINE_S) == 0
 
-    (installation.var / "secrets" / "demo_platform_key").write_text(f"pk-sept-{'x' * 43}\n")
+    (installation.var / "secrets" / "demo_process_platform_key").write_text(f"pk-sept-{'x' * 43}\n")
     installation.up()
     assert installation.announced()["PLATFORM_KEY"] not in (lost, f"pk-sept-{'x' * 43}")
     assert installation.admit()["status"] == "running"

@@ -1,0 +1,64 @@
+"""`september up --backend docker`, with real containers."""
+
+import subprocess
+from collections.abc import Callable, Iterator
+from uuid import uuid4
+
+import pytest
+from docker import APIClient
+
+from services.cli import rest
+from tests.e2e.installation import Installation, install, post
+from tests.harness import DEADLINE_S, ROOT
+from tests.integration.docker_daemon import docker_api
+
+__all__ = ["docker_api", "install"]
+
+Install = Callable[..., Installation]
+
+
+@pytest.fixture
+def network(docker_api: APIClient) -> Iterator[str]:
+    """The name of a network for the test's engines, with the image to make them of."""
+    subprocess.run([ROOT / "deploy" / "docker" / "make-engine-image"], check=True, capture_output=True)
+    name = f"september-test-{uuid4().hex}"
+    yield name
+    for network in docker_api.networks(names=[name]):
+        docker_api.remove_network(network["Id"])
+
+
+def destroy(installation: Installation, user_id: str) -> None:
+    shell = installation.announced()
+    gateway = shell["REST_URL"].removeprefix("http://")
+    assert rest.call(gateway, "DELETE", f"/engines/{user_id}", {"X-Platform-Key": shell["PLATFORM_KEY"]})[0] == 200
+
+
+def test_each_backend_has_users_engines_of_its_own(install: Install, docker_api: APIClient, network: str) -> None:
+    installation = install(ORCH_ENGINE_NETWORK=network)
+    up = installation.up()
+    process = installation.admit()
+    up.terminate()
+    assert up.wait(DEADLINE_S) == 0
+
+    up = installation.up("--backend", "docker")
+    container = installation.admit()
+    name = f"engine-{container['engine_id']}"
+    answer = post(
+        f"{container['url']}/execute",
+        {"conversation_id": "c1", "message": "hello"},
+        X_Engine_Key=container["api_key"],
+    )
+    assert answer[0] == 200
+    up.terminate()
+    assert up.wait(DEADLINE_S) == 0
+    assert docker_api.inspect_container(name)["State"]["Status"] == "exited"
+
+    up = installation.up("--backend", "docker")
+    assert installation.admit()["engine_id"] == container["engine_id"]
+    destroy(installation, "ada")
+    up.terminate()
+    assert up.wait(DEADLINE_S) == 0
+    assert docker_api.containers(all=True, filters={"name": name}) == []
+
+    installation.up()
+    assert installation.admit()["engine_id"] == process["engine_id"]
