@@ -82,7 +82,7 @@ CREATE TABLE counts (
     name text NOT NULL,
     n bigint NOT NULL
 );
-CREATE INDEX counts_product_name ON counts (product_id, name) INCLUDE (n);
+CREATE INDEX counts_product_name ON counts (product_id, name);
 INSERT INTO counts SELECT product_id, 'engines:' || status, count(*) FROM engines GROUP BY 1, 2;
 
 CREATE FUNCTION count_engine() RETURNS trigger LANGUAGE plpgsql AS $$
