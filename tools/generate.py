@@ -4,7 +4,8 @@
 - `deploy/envoy/descriptor.binpb`: what the JSON transcoder reads;
 - `deploy/envoy/errors.lua`: error code -> HTTP status, for the gateway;
 - `docs/errors.md`: the error table for readers;
-- `docs/cli.md`: the commands of `september`.
+- `docs/cli.md`: the commands of `september`;
+- `docs/api.md`, `docs/configuration.md`, `docs/lifecycle.svg`: methods, settings, transitions.
 
 The protos of googleapis come from the installed wheel. buf lints and builds; the
 code generator is the protoc inside grpcio-tools, because the gRPC plugin for
@@ -121,6 +122,7 @@ def main() -> None:
     generate_error_tables(error_rows())
     # In a process of its own: what it imports has just been written.
     run(sys.executable, "-m", "tools.cli_docs")
+    run(sys.executable, "-m", "tools.reference")
 
 
 if __name__ == "__main__":

@@ -32,10 +32,16 @@ TRANSITIONS: Mapping[K, Transition] = {
     K.RESTART: Transition(frozenset({S.FAILED}), S.FAILED, S.RUNNING, S.FAILED),
     K.SLEEP: Transition(frozenset({S.RUNNING}), S.SLEEPING, S.SLEEPING, S.RUNNING),
     K.DEEP_SLEEP: Transition(frozenset({S.SLEEPING}), S.SLEEPING, S.SLEEPING, S.SLEEPING),
-    K.STOP: Transition(frozenset({S.RUNNING, S.SLEEPING, S.FAILED}), S.STOPPED, S.STOPPED, S.FAILED),
+    K.STOP: Transition(frozenset({S.RUNNING, S.SLEEPING, S.FAILED}), S.STOPPED, S.STOPPED, S.STOPPED),
     K.ROTATE_KEY: Transition(frozenset({S.RUNNING}), S.RUNNING, S.RUNNING, S.FAILED),
     K.DESTROY: Transition(frozenset(S), S.DESTROYING, None, S.DESTROYING),
 }
+
+OBSERVED: Mapping[tuple[S, S], str] = {
+    (S.RUNNING, S.FAILED): "found unwell",
+    (S.SLEEPING, S.RUNNING): "found awake",
+}
+"""Changes that no operation brings about: the health loop and the reconciler find them."""
 
 BOOTS = frozenset({K.PROVISION, K.START, K.WAKE, K.RESTART})
 """Kinds that end with a running engine, so that a caller who wants one may wait for them."""
