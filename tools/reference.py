@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from google.api import annotations_pb2
+from google.api import annotations_pb2  # type: ignore[import-untyped]
 from google.protobuf import descriptor_pb2
 from pydantic_core import PydanticUndefined
 
@@ -40,7 +40,7 @@ def _api(image: descriptor_pb2.FileDescriptorSet) -> str:
         "Every method is a gRPC method and, where a path is named, a REST call through the gateway: path variables and",
         "query parameters are fields of the request, the body is the rest of it in JSON. Field names are the same in",
         "both. Errors: [errors.md](errors.md). Keys: header (metadata) `X-Platform-Key` for products, `X-Admin-Key`",
-        "for operators. Unknown fields of a JSON body are ignored, but for those of a policy, which are refused by name.",
+        "for operators. Unknown fields of a JSON body are ignored; those of a policy are refused by name.",
     ]
     for file in files:
         notes = comments[file.name]
