@@ -6,7 +6,9 @@ process which has lost it, or whose operation has to give way, stops there.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 
+from services.provisioner.backends.base import InstanceState
 from services.provisioner.boot import Boot
 from services.provisioner.domain.operation import GiveWay, Operation, OperationKind, Outcome, Settled, Step, failure_of
 from services.provisioner.domain.transitions import BOOTS
@@ -14,6 +16,7 @@ from services.provisioner.key_rotation import KeyRotation
 from services.provisioner.lease import Lease
 from services.provisioner.ports import Backend, OperationLog
 from services.provisioner.sleep import FallAsleep
+from services.shared.errors import BackendError
 
 Execute = Callable[[Operation, Lease], Awaitable[Settled]]
 
@@ -70,7 +73,7 @@ class Executor:
             # Its instance may run and answer no more: only a new start can help.
             lease.check()
             await self._store.set_step(operation, Step.STOPPING)
-            await self._backend.stop(operation.engine_id, grace_s=STOP_GRACE_S)
+            await self._end(operation, lease)
         if failure is None:
             failure = await self._boot.bring_up(operation, lease)
         if failure is None:
@@ -81,13 +84,13 @@ class Executor:
         if operation.kind is OperationKind.PROVISION:
             await self._backend.remove(operation.engine_id, volume=True)
         else:
-            await self._backend.stop(operation.engine_id, grace_s=STOP_GRACE_S)
+            await self._end(operation, lease)
         return await self._store.finish(operation, Outcome.FAILED, failure)
 
     async def _stop(self, operation: Operation, lease: Lease) -> Settled:
         lease.check()
         await self._store.set_step(operation, Step.STOPPING)
-        await self._backend.stop(operation.engine_id, grace_s=STOP_GRACE_S)
+        await self._end(operation, lease)
         return await self._store.finish(operation, Outcome.SUCCEEDED)
 
     async def _destroy(self, operation: Operation, lease: Lease) -> Settled:
@@ -95,3 +98,15 @@ class Executor:
         await self._store.set_step(operation, Step.REMOVING)
         await self._backend.remove(operation.engine_id, volume=True)
         return await self._store.finish(operation, Outcome.SUCCEEDED)
+
+    async def _end(self, operation: Operation, lease: Lease) -> None:
+        """Ends the instance; it is removed if it is there all the same, and its volume is kept.
+
+        A container whose processes died unseen is called running for ever, and can't be stopped.
+        """
+        with suppress(BackendError):
+            await self._backend.stop(operation.engine_id, grace_s=STOP_GRACE_S)
+        instance = await self._backend.inspect(operation.engine_id)
+        if instance is not None and instance.state in (InstanceState.RUNNING, InstanceState.FROZEN):
+            lease.check()
+            await self._backend.remove(operation.engine_id, volume=False)
