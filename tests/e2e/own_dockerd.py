@@ -1,0 +1,102 @@
+"""A Docker daemon of the test's own, to be killed and started again beside the machine's."""
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+from docker import APIClient
+
+from tests.harness import eventually
+
+
+class OwnDockerd:
+    """Shares nothing with the machine's daemon but the kernel: it leaves the packet filter alone, and
+    reaches containers by proxies.
+
+    Args:
+        directory: for all that it keeps; a short path, for its sockets.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.address = f"unix://{directory}/socket"
+        self.start()
+
+    def start(self) -> None:
+        """Starts it; returns once it answers."""
+        options = {
+            "data-root": self.directory / "data",
+            "exec-root": self.directory / "exec",
+            "pidfile": self.directory / "pid",
+            "host": self.address,
+            "bridge": "none",
+            "iptables": "false",
+            "ip-masq": "false",
+            "default-address-pool": "base=10.213.0.0/16,size=24",
+        }
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                ["dockerd", *(f"--{name}={value}" for name, value in options.items())],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        eventually(self.answers, "dockerd answers", 60)
+
+    def answers(self) -> bool:
+        assert self.process.poll() is None, (self.directory / "log").read_text()
+        return subprocess.run(["docker", "--host", self.address, "info"], capture_output=True).returncode == 0
+
+    def client(self) -> APIClient:
+        return APIClient(self.address, version="auto", timeout=60)
+
+    def kill(self) -> None:
+        """Kills it; returns when its containerd, which does not outlive it, has ended as well."""
+        containerd = self.containerd()
+        self.process.kill()
+        self.process.wait()
+        eventually(lambda: not containerd.is_running(), "containerd has ended")
+
+    def containerd(self) -> psutil.Process:
+        return psutil.Process(int((self.directory / "exec" / "containerd" / "containerd.pid").read_text()))
+
+    def load(self, image: str) -> None:
+        """Brings an image of the machine's daemon in."""
+        with subprocess.Popen(["docker", "save", image], stdout=subprocess.PIPE) as save:
+            subprocess.run(
+                ["docker", "--host", self.address, "load"], stdin=save.stdout, check=True, stdout=subprocess.DEVNULL
+            )
+
+    def lose(self, container: str) -> None:
+        """Lets a container die unseen: the daemon goes on calling it running."""
+        api = self.client()
+        found = api.inspect_container(container)
+        api.close()
+        shim = next(p for p in psutil.process_iter() if "shim" in p.name() and found["Id"] in p.cmdline())
+        for pid in (self.containerd().pid, shim.pid, found["State"]["Pid"]):
+            os.kill(pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        self.process.terminate()
+        self.process.wait(60)
+        # Killed daemons have left theirs behind.
+        mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+        for mount in reversed([mount for mount in mounts if mount.startswith(str(self.directory))]):
+            subprocess.run(["umount", "--lazy", mount], check=True)
+
+
+@contextmanager
+def own_dockerd() -> Iterator[OwnDockerd]:
+    directory = Path(tempfile.mkdtemp(prefix="own-dockerd-"))
+    dockerd = OwnDockerd(directory)
+    try:
+        yield dockerd
+    finally:
+        dockerd.close()
+        shutil.rmtree(directory)

@@ -1,0 +1,195 @@
+"""What Docker loses, the platform brings back: a daemon killed under engines in every state."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from docker import APIClient
+
+from september.admission.v1 import admission_service_pb2 as admission_pb
+from september.engine.v1 import engine_pb2
+from tests.e2e.own_dockerd import OwnDockerd, own_dockerd
+from tests.e2e.test_docker import IMAGE, DockerPlatform, images
+from tests.harness import Clients, Product, eventually
+from tests.integration.docker_daemon import docker_api
+from tests.integration.test_life_cycle import User, accepted, execute
+
+__all__ = ["docker_api", "images"]
+
+Connect = Callable[..., Clients]
+STATUS = engine_pb2.Engine.Status
+INTERVAL_S = 5
+MARGIN_S = 5
+
+
+@pytest.fixture
+def dockerd(docker_api: APIClient, images: None) -> Iterator[OwnDockerd]:
+    with own_dockerd() as dockerd:
+        dockerd.load(IMAGE)
+        yield dockerd
+
+
+@pytest.fixture
+def platform(database_url: str, tmp_path: Path, dockerd: OwnDockerd) -> Iterator[DockerPlatform]:
+    platform = DockerPlatform(
+        database_url,
+        tmp_path,
+        DOCKER_HOST=dockerd.address,
+        ORCH_ENGINE_BACKEND="docker",
+        ORCH_ENGINE_IMAGE=IMAGE,
+        ORCH_ENGINE_NETWORK=f"engines-{uuid4().hex[:8]}",
+        ORCH_PORT_MIN="27000",
+        ORCH_PORT_MAX="27999",
+        ORCH_HEALTH_CHECK_INTERVAL_S="1",
+        ORCH_RESTART_BACKOFF_BASE_S="0.1",
+        ORCH_RECONCILE_INTERVAL_S=str(INTERVAL_S),
+    )
+    platform.api = dockerd.client()
+    try:
+        yield platform
+    finally:
+        platform.close()
+        with suppress(Exception):
+            platform.remove_all()
+            platform.api.remove_network(platform.environment["ORCH_ENGINE_NETWORK"])
+        platform.api.close()
+
+
+@dataclass
+class Fleet:
+    """Engines of one product, in all states."""
+
+    platform: DockerPlatform
+    clients: Clients
+    product: Product
+    made: dict[str, Any]
+
+    def user(self, user_id: str) -> User:
+        return User(self.clients, self.product, user_id)
+
+    async def provision(self, *user_ids: str) -> None:
+        for user_id in user_ids:
+            self.made[user_id] = made = await self.user(user_id).call("Provision")
+            await execute(made.url, made.api_key, "hello")
+
+    def rows(self) -> dict[str, tuple[str, bool]]:
+        rows = self.platform.query("SELECT user_id, status, deep_asleep FROM engines")
+        return {user_id: (status, deep_asleep) for user_id, status, deep_asleep in rows}
+
+    def states(self) -> dict[str, str]:
+        """What Docker says of each user's container."""
+        containers = self.platform.api.containers(all=True, filters=self.platform.filters())
+        states = {container["Labels"]["september.engine_id"]: container["State"] for container in containers}
+        return {user_id: states[made.engine_id] for user_id, made in self.made.items()}
+
+    def volumes(self) -> set[str]:
+        return {volume["Name"] for volume in self.platform.api.volumes(filters=self.platform.filters())["Volumes"]}
+
+    def spoil(self, user_id: str) -> None:
+        """Kills the user's engine, and keeps it from its data, so that it never comes back."""
+        engine_id = self.made[user_id].engine_id
+        Path(self.platform.api.inspect_volume(f"engine-data-{engine_id}")["Mountpoint"]).chmod(0)
+        self.platform.api.kill(f"engine-{engine_id}")
+
+    async def until(self, condition: Callable[[], object], what: str, deadline_s: float = 60) -> None:
+        await asyncio.to_thread(eventually, condition, what, deadline_s)
+
+
+async def test_a_killed_daemon_and_engines_in_all_states(
+    platform: DockerPlatform, dockerd: OwnDockerd, connect: Connect
+) -> None:
+    first = platform.provisioner(
+        ORCH_SLEEP_CHECK_INTERVAL_S="0.2", ORCH_DEEP_SLEEP_AFTER_S="1", ORCH_RESTART_MAX_ATTEMPTS="1"
+    )
+    clients = connect(platform, first, platform.admission(first))
+    fleet = Fleet(platform, clients, await clients.register(), {})
+    deep, frozen, stopped = ("deep1", "deep2"), ("frozen1", "frozen2", "frozen3"), ("stopped1", "stopped2")
+    running = ("running1", "running2", "running3", "running4")
+    await fleet.provision(*deep, "failed", *stopped)
+    for user_id in deep:
+        await fleet.user(user_id).sleep()
+    for user_id in stopped:
+        await fleet.user(user_id).call("Stop")
+    fleet.spoil("failed")
+    await fleet.until(
+        lambda: platform.query("SELECT 1 FROM engines WHERE status = 'failed' AND restart_at IS NULL"), "it is given up"
+    )
+    await fleet.until(lambda: all(fleet.rows()[user_id] == ("sleeping", True) for user_id in deep), "two sleep deeply")
+    assert first.terminate() == 0
+
+    # From here on nobody but the reconciler looks.
+    second = platform.provisioner(ORCH_HEALTH_CHECK_INTERVAL_S="3600")
+    fleet.clients = connect(platform, second, platform.admission(second))
+    await fleet.provision(*running, *frozen)
+    for user_id in frozen:
+        await fleet.user(user_id).sleep()
+    states, volumes = fleet.states(), fleet.volumes()
+    assert [states[user_id] for user_id in (*running, *frozen)] == ["running"] * 4 + ["paused"] * 3
+    assert len(volumes) == 12
+
+    dockerd.kill()
+    dockerd.start()
+    back_at = time.monotonic()
+    assert set(fleet.states().values()) == {"exited"}
+
+    def true() -> bool:
+        """What the row says, or an operation is there to make it so."""
+        rows, states = fleet.rows(), fleet.states()
+        return all(
+            rows[user_id][0] == "provisioning" or (rows[user_id], states[user_id]) == (("running", False), "running")
+            for user_id in running
+        ) and all(rows[user_id] == ("sleeping", True) for user_id in frozen)
+
+    await fleet.until(true, "the rows are true", INTERVAL_S + MARGIN_S)
+    assert time.monotonic() - back_at < INTERVAL_S + MARGIN_S
+    await fleet.until(lambda: all(fleet.rows()[user_id] == ("running", False) for user_id in running), "all are back")
+    rows = fleet.rows()
+    assert {user_id: rows[user_id] for user_id in (*deep, *frozen)} == dict.fromkeys(
+        (*deep, *frozen), ("sleeping", True)
+    )
+    assert [rows[user_id][0] for user_id in (*stopped, "failed")] == ["stopped", "stopped", "failed"]
+    assert fleet.volumes() == volumes
+    assert {state for user_id, state in fleet.states().items() if user_id not in running} == {"exited"}
+
+    keys = {user_id: made.api_key for user_id, made in fleet.made.items()}
+    for user_id in running:
+        request = admission_pb.GetEngineRequest(user_id=user_id)
+        engine = (await fleet.clients.admission.GetEngine(request, metadata=fleet.product.metadata)).engine
+        assert (engine.engine_id, engine.api_key) == (fleet.made[user_id].engine_id, keys[user_id])
+        assert (await execute(engine.url, engine.api_key, "again"))[-1]["messages"] == 4
+        assert not any([await accepted(engine.url, key) for other, key in keys.items() if other != user_id])
+    for user_id in (*deep, *frozen):
+        engine = (await fleet.user(user_id).admit(auto_wake=True)).engine
+        assert (await execute(engine.url, engine.api_key, "again"))[-1]["messages"] == 4
+    for user_id in stopped:
+        started = await fleet.user(user_id).call("Start")
+        assert (await execute(started.url, keys[user_id], "again"))[-1]["messages"] == 4
+    assert set(platform.counts().values()) == {12}
+
+
+async def test_a_container_that_died_unseen_is_made_anew(
+    platform: DockerPlatform, dockerd: OwnDockerd, connect: Connect
+) -> None:
+    provisioner = platform.provisioner()
+    clients = connect(platform, provisioner, platform.admission(provisioner))
+    fleet = Fleet(platform, clients, await clients.register(), {})
+    await fleet.provision("u1")
+    made = fleet.made["u1"]
+    dockerd.lose(f"engine-{made.engine_id}")
+    await fleet.until(
+        lambda: platform.query("SELECT 1 FROM audit_events WHERE action = 'auto_restart_success'"), "it is back", 150
+    )
+    # Docker never said that it had ended: only its silence did.
+    assert platform.query("SELECT detail FROM audit_events WHERE action = 'health_failed'") == [
+        ("it has failed 3 probes in a row",)
+    ]
+    engine = (await fleet.user("u1").admit()).engine
+    assert (engine.engine_id, engine.api_key) == (made.engine_id, made.api_key)
+    assert (await execute(engine.url, engine.api_key, "again"))[-1]["messages"] == 4
+    assert platform.query("SELECT restart_attempts FROM engines WHERE engine_id = %s", UUID(made.engine_id)) == [(1,)]
