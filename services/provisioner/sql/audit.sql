@@ -1,8 +1,21 @@
 -- name: events
--- The filters are conditions on the leading columns of an index whose last one is the order.
+SELECT *
+FROM (
+    SELECT event_id, at, action, actor, outcome, product_id, engine_id, user_id, duration_ms, error_code, detail, count
+    FROM audit_events
+    WHERE {after}
+    ORDER BY {order}
+    LIMIT %(limit)s
+) AS page
+WHERE {within}
+ORDER BY {order}
+
+-- name: events_of_user
+-- Few enough to be looked through for an action.
 SELECT event_id, at, action, actor, outcome, product_id, engine_id, user_id, duration_ms, error_code, detail, count
 FROM audit_events
-WHERE event_id < %(before)s {filters}
+WHERE product_id = %(product_id)s AND user_id = %(user_id)s AND event_id < %(event_id)s
+    AND (%(action)s::text IS NULL OR action = %(action)s)
 ORDER BY event_id DESC
 LIMIT %(limit)s
 

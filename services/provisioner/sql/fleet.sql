@@ -1,14 +1,18 @@
 -- name: engines
--- The filters are conditions on the leading columns of an index whose other columns are the order.
-SELECT engine_id, product_id, user_id, status, url, image, created_at, last_health_at
-FROM engines
-WHERE (created_at, engine_id) > (%(created_at)s, %(engine_id)s) {filters}
-ORDER BY created_at, engine_id
-OFFSET %(offset)s
-LIMIT %(limit)s
+SELECT *
+FROM (
+    SELECT engine_id, product_id, user_id, status, url, image, created_at, last_health_at
+    FROM engines
+    WHERE {after}
+    ORDER BY {order}
+    OFFSET %(offset)s
+    LIMIT %(limit)s
+) AS page
+WHERE {within}
+ORDER BY {order}
 
 -- name: counts
-SELECT name, sum(n)::bigint AS n FROM counts WHERE true {filters} GROUP BY name
+SELECT name, sum(n)::bigint AS n FROM counts WHERE {scope} GROUP BY name
 
 -- name: past_hour
 -- The long condition is that of the indexes, word for word.
@@ -18,9 +22,8 @@ SELECT
     count(*) FILTER (WHERE action = 'auto_restart_start') AS restarts,
     coalesce(avg(duration_ms) FILTER (WHERE action = 'provision'), 0)::double precision AS avg_boot_ms
 FROM audit_events
-WHERE at > statement_timestamp() - interval '1 hour'
+WHERE {scope} AND at > statement_timestamp() - interval '1 hour'
     AND (action IN ('health_failed', 'auto_restart_start') OR (action = 'provision' AND outcome = 'succeeded'))
-    {filters}
 
 -- name: engine_report
 SELECT engines.status, status_since, status_reason, deep_asleep, busy_at, busy_reason, restart_attempts, restart_at,

@@ -1,7 +1,9 @@
 """The audit log: read by pages, and kept for as long as is wanted."""
 
+from dataclasses import asdict
+
 from services.provisioner.domain.audit import AuditEvent, AuditFilter
-from services.provisioner.store.filters import filtered
+from services.provisioner.store.keyset import page
 from services.provisioner.store.rows import load_sql
 from services.shared.postgres import Database
 
@@ -16,12 +18,15 @@ class AuditStore:
 
     async def events(self, wanted: AuditFilter, *, before: int | None, limit: int) -> list[AuditEvent]:
         """Up to `limit` events, the latest first, from the last before the event with this id."""
-        sql, values = filtered(
-            _SQL["events"], product_id=wanted.product_id, user_id=wanted.user_id, action=wanted.action
-        )
-        values |= {"before": _AFTER_ALL if before is None else before, "limit": limit}
+        key = {"event_id": _AFTER_ALL if before is None else before}
+        if wanted.user_id is None:
+            columns = {"product_id": wanted.product_id, "action": wanted.action}
+            within = {column: value for column, value in columns.items() if value is not None}
+            sql, values = page(_SQL["events"], within, key, latest_first=True)
+        else:
+            sql, values = _SQL["events_of_user"], {**asdict(wanted), **key}
         async with self._database.connection() as connection:
-            cursor = await connection.execute(sql, values)
+            cursor = await connection.execute(sql, {**values, "limit": limit})
             return [AuditEvent(**row) for row in await cursor.fetchall()]
 
     async def make_partitions(self) -> list[str]:

@@ -4,11 +4,12 @@ Where a product is named, nothing of another is ever read.
 """
 
 from datetime import UTC, datetime
+from typing import LiteralString
 from uuid import UUID
 
 from services.provisioner.domain.engine import EngineStatus
 from services.provisioner.domain.fleet import EngineReport, EngineSummary, PastHour
-from services.provisioner.store.filters import filtered
+from services.provisioner.store.keyset import page
 from services.provisioner.store.rows import load_sql
 from services.shared.postgres import Database
 
@@ -41,24 +42,23 @@ class FleetStore:
             offset: how many to leave out there. Each is read all the same.
             limit: most to return.
         """
-        sql, values = filtered(_SQL["engines"], product_id=product_id, status=status)
+        wanted = {"product_id": product_id, "status": status}
+        within = {column: value for column, value in wanted.items() if value is not None}
         created_at, engine_id = after or _BEFORE_ALL
-        values |= {"created_at": created_at, "engine_id": engine_id, "offset": offset, "limit": limit}
+        sql, values = page(_SQL["engines"], within, {"created_at": created_at, "engine_id": engine_id})
         async with self._database.connection() as connection:
-            cursor = await connection.execute(sql, values)
+            cursor = await connection.execute(sql, {**values, "offset": offset, "limit": limit})
             return [EngineSummary(**(row | {"status": EngineStatus(row["status"])})) for row in await cursor.fetchall()]
 
     async def counts(self, product_id: UUID | None) -> dict[str, int]:
         """The counts of a product, or the sums over all, by name; see the table. A count may be missing for 0."""
-        sql, values = filtered(_SQL["counts"], product_id=product_id)
         async with self._database.connection() as connection:
-            cursor = await connection.execute(sql, values)
+            cursor = await connection.execute(_scoped("counts", product_id), {"product_id": product_id})
             return {row["name"]: row["n"] for row in await cursor.fetchall()}
 
     async def past_hour(self, product_id: UUID | None) -> PastHour:
-        sql, values = filtered(_SQL["past_hour"], product_id=product_id)
         async with self._database.connection() as connection:
-            cursor = await connection.execute(sql, values)
+            cursor = await connection.execute(_scoped("past_hour", product_id), {"product_id": product_id})
             row = await cursor.fetchone()
             assert row is not None, "an aggregate has a row"
             return PastHour(**row)
@@ -79,3 +79,7 @@ class FleetStore:
                 row = await cursor.fetchone()
                 assert row is not None, "an aggregate has a row"
                 folded = row["folded"]
+
+
+def _scoped(name: str, product_id: UUID | None) -> LiteralString:
+    return _SQL[name].format(scope="true" if product_id is None else "product_id = %(product_id)s")
