@@ -99,7 +99,7 @@ class AuditEvent(_message.Message):
     actor: _builtins.str
     """Who: `product:<slug>`, `admin` or `system`."""
     outcome: _builtins.str
-    """What came of it: `requested`, `succeeded`, `failed` or `cancelled`."""
+    """What came of it: `requested`, `succeeded`, `failed`, `cancelled` or `denied`."""
     product_id: _builtins.str
     """UUID of the product."""
     engine_id: _builtins.str

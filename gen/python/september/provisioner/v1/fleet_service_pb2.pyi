@@ -352,7 +352,9 @@ class ListAuditEventsRequest(_message.Message):
     action: _builtins.str
     """Only events of this action; empty for all."""
     user_id: _builtins.str
-    """Only events of this user's engines; empty for all. Needs a platform key."""
+    """Only events of this user's engines; empty for all. Of operators only
+    together with a `product_id`.
+    """
     product_id: _builtins.str
     """Only events of this product; empty for all. Operators only."""
     limit: _builtins.int

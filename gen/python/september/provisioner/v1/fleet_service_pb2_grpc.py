@@ -28,6 +28,7 @@ if _version_not_supported:
 class FleetServiceStub:
     """Looks at many engines, and at what happened. Every call needs a key: with
     `x-platform-key` a product sees its own, with `x-admin-key` operators see all.
+    If there is an admin key it alone counts, and a wrong one is refused as no key is.
     """
 
     def __init__(self, channel):
@@ -66,26 +67,26 @@ class FleetServiceStub:
 class FleetServiceServicer:
     """Looks at many engines, and at what happened. Every call needs a key: with
     `x-platform-key` a product sees its own, with `x-admin-key` operators see all.
+    If there is an admin key it alone counts, and a wrong one is refused as no key is.
     """
 
     def ListEngines(self, request, context):
         """Lists engines, the oldest first. Errors: INVALID_REQUEST,
-        INVALID_PLATFORM_KEY, INVALID_ADMIN_KEY, UNAVAILABLE.
+        INVALID_PLATFORM_KEY, UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetFleetStatus(self, request, context):
-        """Counts engines by status. Errors: INVALID_PLATFORM_KEY, INVALID_ADMIN_KEY, UNAVAILABLE.
+        """Counts engines by status. Errors: INVALID_PLATFORM_KEY, UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetFleetMetrics(self, request, context):
-        """Says what happened in the past hour. Errors: INVALID_PLATFORM_KEY,
-        INVALID_ADMIN_KEY, UNAVAILABLE.
+        """Says what happened in the past hour. Errors: INVALID_PLATFORM_KEY, UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -101,7 +102,7 @@ class FleetServiceServicer:
 
     def ListAuditEvents(self, request, context):
         """Lists audit events, the latest first. Errors: INVALID_REQUEST,
-        INVALID_PLATFORM_KEY, INVALID_ADMIN_KEY, UNAVAILABLE.
+        INVALID_PLATFORM_KEY, UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -146,6 +147,7 @@ def add_FleetServiceServicer_to_server(servicer, server):
 class FleetService:
     """Looks at many engines, and at what happened. Every call needs a key: with
     `x-platform-key` a product sees its own, with `x-admin-key` operators see all.
+    If there is an admin key it alone counts, and a wrong one is refused as no key is.
     """
 
     @staticmethod

@@ -15,31 +15,31 @@ GRPC_VERSION: str
 class FleetServiceStub:
     """Looks at many engines, and at what happened. Every call needs a key: with
     `x-platform-key` a product sees its own, with `x-admin-key` operators see all.
+    If there is an admin key it alone counts, and a wrong one is refused as no key is.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     ListEngines: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.ListEnginesRequest, _fleet_service_pb2.ListEnginesResponse]
     """Lists engines, the oldest first. Errors: INVALID_REQUEST,
-    INVALID_PLATFORM_KEY, INVALID_ADMIN_KEY, UNAVAILABLE.
+    INVALID_PLATFORM_KEY, UNAVAILABLE.
     """
     GetFleetStatus: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.GetFleetStatusRequest, _fleet_service_pb2.GetFleetStatusResponse]
-    """Counts engines by status. Errors: INVALID_PLATFORM_KEY, INVALID_ADMIN_KEY, UNAVAILABLE."""
+    """Counts engines by status. Errors: INVALID_PLATFORM_KEY, UNAVAILABLE."""
     GetFleetMetrics: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.GetFleetMetricsRequest, _fleet_service_pb2.GetFleetMetricsResponse]
-    """Says what happened in the past hour. Errors: INVALID_PLATFORM_KEY,
-    INVALID_ADMIN_KEY, UNAVAILABLE.
-    """
+    """Says what happened in the past hour. Errors: INVALID_PLATFORM_KEY, UNAVAILABLE."""
     GetEngineHistory: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.GetEngineHistoryRequest, _fleet_service_pb2.GetEngineHistoryResponse]
     """Tells what happened to one user's engine and why. Needs a platform key.
     Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND, UNAVAILABLE.
     """
     ListAuditEvents: _aio.UnaryUnaryMultiCallable[_fleet_service_pb2.ListAuditEventsRequest, _fleet_service_pb2.ListAuditEventsResponse]
     """Lists audit events, the latest first. Errors: INVALID_REQUEST,
-    INVALID_PLATFORM_KEY, INVALID_ADMIN_KEY, UNAVAILABLE.
+    INVALID_PLATFORM_KEY, UNAVAILABLE.
     """
 
 class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
     """Looks at many engines, and at what happened. Every call needs a key: with
     `x-platform-key` a product sees its own, with `x-admin-key` operators see all.
+    If there is an admin key it alone counts, and a wrong one is refused as no key is.
     """
 
     @_abc_1.abstractmethod
@@ -49,7 +49,7 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_fleet_service_pb2.ListEnginesRequest, _abc.Awaitable[_fleet_service_pb2.ListEnginesResponse]],
     ) -> _abc.Awaitable[_fleet_service_pb2.ListEnginesResponse]:
         """Lists engines, the oldest first. Errors: INVALID_REQUEST,
-        INVALID_PLATFORM_KEY, INVALID_ADMIN_KEY, UNAVAILABLE.
+        INVALID_PLATFORM_KEY, UNAVAILABLE.
         """
 
     @_abc_1.abstractmethod
@@ -58,7 +58,7 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _fleet_service_pb2.GetFleetStatusRequest,
         context: _aio.ServicerContext[_fleet_service_pb2.GetFleetStatusRequest, _abc.Awaitable[_fleet_service_pb2.GetFleetStatusResponse]],
     ) -> _abc.Awaitable[_fleet_service_pb2.GetFleetStatusResponse]:
-        """Counts engines by status. Errors: INVALID_PLATFORM_KEY, INVALID_ADMIN_KEY, UNAVAILABLE."""
+        """Counts engines by status. Errors: INVALID_PLATFORM_KEY, UNAVAILABLE."""
 
     @_abc_1.abstractmethod
     def GetFleetMetrics(
@@ -66,9 +66,7 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _fleet_service_pb2.GetFleetMetricsRequest,
         context: _aio.ServicerContext[_fleet_service_pb2.GetFleetMetricsRequest, _abc.Awaitable[_fleet_service_pb2.GetFleetMetricsResponse]],
     ) -> _abc.Awaitable[_fleet_service_pb2.GetFleetMetricsResponse]:
-        """Says what happened in the past hour. Errors: INVALID_PLATFORM_KEY,
-        INVALID_ADMIN_KEY, UNAVAILABLE.
-        """
+        """Says what happened in the past hour. Errors: INVALID_PLATFORM_KEY, UNAVAILABLE."""
 
     @_abc_1.abstractmethod
     def GetEngineHistory(
@@ -87,7 +85,7 @@ class FleetServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _aio.ServicerContext[_fleet_service_pb2.ListAuditEventsRequest, _abc.Awaitable[_fleet_service_pb2.ListAuditEventsResponse]],
     ) -> _abc.Awaitable[_fleet_service_pb2.ListAuditEventsResponse]:
         """Lists audit events, the latest first. Errors: INVALID_REQUEST,
-        INVALID_PLATFORM_KEY, INVALID_ADMIN_KEY, UNAVAILABLE.
+        INVALID_PLATFORM_KEY, UNAVAILABLE.
         """
 
 def add_FleetServiceServicer_to_server(servicer: FleetServiceServicer, server: _aio.Server) -> None: ...
