@@ -16,7 +16,7 @@ from services.provisioner.store.loop_leases import LoopLease
 from services.provisioner.store.migrations import migrate
 from services.shared.errors import Unavailable
 from services.shared.postgres import Database
-from tests.harness import eventually
+from tests.harness import Platform, eventually
 
 Query = Callable[..., list[tuple[Any, ...]]]
 
@@ -327,3 +327,15 @@ async def test_housekeeping_goes_on_after_the_registry_was_away(
         assert query("SELECT lease_until < clock_timestamp() FROM loop_leases") == [(True,)]
     finally:
         await database.close()
+
+
+async def test_a_running_provisioner_keeps_the_house(platform: Platform) -> None:
+    await migrate(platform.database_url)
+    deny(platform.query, add_product(platform.query), minutes_ago=5, denials=4)
+    provisioner = platform.provisioner()
+    counted = "SELECT count FROM audit_events WHERE action = 'admit_denied'"
+    eventually(lambda: platform.query(counted) == [(4,)], "the denials are an event")
+    assert provisioner.terminate() == 0
+    assert platform.query("SELECT lease_until < clock_timestamp() FROM loop_leases WHERE name = 'housekeeping'") == [
+        (True,)
+    ]

@@ -30,6 +30,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("ORCH_BOOT_TIMEOUT_S", "0"),
         ("ORCH_BOOT_TIMEOUT_S", "soon"),
         ("ORCH_BOOT_CONCURRENCY", "0"),
+        ("ORCH_AUDIT_RETENTION_DAYS", "0"),
         ("ORCH_LOG_LEVEL", "LOUD"),
     ],
 )
