@@ -142,7 +142,7 @@ class Platform:
         """Every process of an engine of this installation."""
         found = []
         for process in psutil.process_iter():
-            with suppress(psutil.Error):
+            with suppress(psutil.Error, ProcessLookupError):
                 environment = process.environ()
                 leader = os.getsid(process.pid) == process.pid and process.status() != psutil.STATUS_ZOMBIE
                 if leader and environment.get("SEPTEMBER_INSTALLATION") == self.installation():

@@ -10,7 +10,16 @@ from contextlib import suppress
 
 from services.provisioner.backends.base import InstanceState
 from services.provisioner.boot import Boot
-from services.provisioner.domain.operation import GiveWay, Operation, OperationKind, Outcome, Settled, Step, failure_of
+from services.provisioner.domain.operation import (
+    SYSTEM,
+    GiveWay,
+    Operation,
+    OperationKind,
+    Outcome,
+    Settled,
+    Step,
+    failure_of,
+)
 from services.provisioner.domain.transitions import BOOTS
 from services.provisioner.key_rotation import KeyRotation
 from services.provisioner.lease import Lease
@@ -69,7 +78,7 @@ class Executor:
 
     async def _bring_up(self, operation: Operation, lease: Lease) -> Settled:
         failure = failure_of(operation.error_code, operation.error_message)
-        if operation.kind is OperationKind.RESTART and operation.step in (Step.QUEUED, Step.STOPPING):
+        if operation.step in (Step.QUEUED, Step.STOPPING) and await self._is_failed(operation):
             # Its instance may run and answer no more: only a new start can help.
             lease.check()
             await self._store.set_step(operation, Step.STOPPING)
@@ -86,6 +95,14 @@ class Executor:
         else:
             await self._end(operation, lease)
         return await self._store.finish(operation, Outcome.FAILED, failure)
+
+    async def _is_failed(self, operation: Operation) -> bool:
+        """Whether the engine that is to be started is one that failed."""
+        if operation.kind is not OperationKind.START or operation.actor == SYSTEM:
+            return operation.kind is OperationKind.RESTART
+        # Callers can't start one that runs, unless it failed.
+        instance = await self._backend.inspect(operation.engine_id)
+        return instance is not None and instance.state is InstanceState.RUNNING
 
     async def _stop(self, operation: Operation, lease: Lease) -> Settled:
         lease.check()

@@ -212,6 +212,23 @@ async def test_an_engine_that_says_it_is_not_well_is_started_anew(ward: Ward) ->
     assert await healthy(made.url)
 
 
+async def test_a_start_ends_what_still_runs_of_an_engine_that_was_given_up(
+    platform: Platform, connect: Connect
+) -> None:
+    ward = await Ward().open(platform, connect, ORCH_RESTART_MAX_ATTEMPTS="1")
+    made = await ward.provision(MOODY)
+    before = ward.process(made)
+    (ward.volume(made) / "sick").touch()
+    await ward.back(made, before)
+    before = ward.process(made)
+    (ward.volume(made) / "sick").touch()
+    await ward.until(lambda: "auto_restart_gave_up" in ward.actions(made), "it is given up")
+    assert ward.process(made) == before
+    assert (await ward.user().call("Start")).url == made.url
+    assert ward.process(made) != before
+    assert await healthy(made.url)
+
+
 async def test_only_failures_in_a_row_count(ward: Ward) -> None:
     made = await ward.provision(MOODY)
     before = ward.process(made)

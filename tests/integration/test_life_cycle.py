@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
@@ -73,7 +74,11 @@ async def user(clients: Clients) -> User:
 
 
 def process_of(platform: Platform, engine_id: str) -> psutil.Process | None:
-    return next((p for p in platform.engine_processes() if p.environ()["SEPTEMBER_ENGINE_ID"] == engine_id), None)
+    for process in platform.engine_processes():
+        with suppress(psutil.Error):  # It may end any time.
+            if process.environ()["SEPTEMBER_ENGINE_ID"] == engine_id:
+                return process
+    return None
 
 
 async def execute(url: str, key: str, message: str, **fields: Any) -> list[dict[str, Any]]:

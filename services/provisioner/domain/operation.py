@@ -7,6 +7,9 @@ from uuid import UUID
 
 from services.shared.errors import BackendError, BootTimeout, Internal, PortExhaustion, ServiceError, Unavailable
 
+SYSTEM = "system"
+"""Actor of what the platform does by itself."""
+
 
 class OperationKind(StrEnum):
     """What is done to the engine."""

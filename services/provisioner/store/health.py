@@ -6,8 +6,8 @@ from uuid import UUID
 
 from services.provisioner.domain.audit import AuditAction
 from services.provisioner.domain.health import Patient
+from services.provisioner.domain.operation import SYSTEM
 from services.provisioner.domain.restarts import RestartPolicy
-from services.provisioner.store.intents import SYSTEM
 from services.provisioner.store.rows import load_sql
 from services.shared.postgres import Connection, Database
 

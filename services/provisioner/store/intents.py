@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 from services.provisioner.domain.engine import DenialReason, Engine, EngineStatus, Sighting
 from services.provisioner.domain.intent import Newborn, Pending
-from services.provisioner.domain.operation import OpenOperation, OperationKind, Outcome
+from services.provisioner.domain.operation import SYSTEM, OpenOperation, OperationKind, Outcome
 from services.provisioner.domain.transitions import BOOTS, TRANSITIONS, YIELDS, check_begin
 from services.provisioner.store.ports import PortAllocator
 from services.provisioner.store.rows import load_sql, to_engine, to_open_operation, to_product
@@ -20,9 +20,6 @@ from services.shared.postgres import Connection, Database
 _ENGINES = load_sql("engines")
 _OPERATIONS = load_sql("operations")
 _PRODUCTS = load_sql("products")
-
-SYSTEM = "system"
-"""Actor of what the platform does by itself."""
 
 
 class IntentStore:

@@ -9,10 +9,18 @@ from datetime import datetime
 from uuid import UUID
 
 from services.provisioner.domain.engine import Engine, EngineStatus
-from services.provisioner.domain.operation import LeaseLost, Operation, OperationKind, Outcome, Settled, Step
+from services.provisioner.domain.operation import (
+    SYSTEM,
+    LeaseLost,
+    Operation,
+    OperationKind,
+    Outcome,
+    Settled,
+    Step,
+)
 from services.provisioner.domain.restarts import RestartPolicy
 from services.provisioner.domain.transitions import TRANSITIONS, YIELDS
-from services.provisioner.store.intents import SYSTEM, finish_operation, insert_operation
+from services.provisioner.store.intents import finish_operation, insert_operation
 from services.provisioner.store.ports import PortAllocator
 from services.provisioner.store.rows import load_sql, to_engine, to_operation, to_settled
 from services.shared.errors import ServiceError
