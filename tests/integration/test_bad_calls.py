@@ -53,20 +53,37 @@ async def test_every_method_wants_its_key_exactly_once(clients: Clients, shared:
         (admission, ADMISSION + "Admit"),
         (admission, ADMISSION + "GetEngine"),
     ]
+    wrong_platform_keys = bad_keys("x-platform-key", product.key, platform.admin_key)
+    wrong_admin_keys = bad_keys("x-admin-key", platform.admin_key, product.key)
+    calls = [(service, method, wrong_platform_keys, "INVALID_PLATFORM_KEY") for service, method in methods]
+    calls += [(provisioner, method, wrong_admin_keys, "INVALID_PLATFORM_KEY") for method in SCOPED_METHODS]
+    calls += [(provisioner, method, wrong_admin_keys, "INVALID_ADMIN_KEY") for method in ADMIN_METHODS]
     rows = platform.query("SELECT count(*) FROM operations")
-    for service, method in methods:
-        for metadata in bad_keys("x-platform-key", product.key, platform.admin_key):
+    for service, method, wrong_keys, code in calls:
+        answers = set()
+        for metadata in wrong_keys:
             with pytest.raises(grpc.aio.AioRpcError) as error:
                 await call(service, method, metadata)
             assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED, (method, metadata)
-            assert reason(error.value) == "INVALID_PLATFORM_KEY"
-    for method in ADMIN_METHODS:
-        for metadata in bad_keys("x-admin-key", platform.admin_key, product.key):
-            with pytest.raises(grpc.aio.AioRpcError) as error:
-                await call(provisioner, method, metadata)
-            assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED, (method, metadata)
-            assert reason(error.value) == "INVALID_ADMIN_KEY"
+            assert reason(error.value) == code
+            answers.add(error.value.details())
+        # A wrong key is told apart from a missing one by nothing.
+        assert len(answers) == 1, method
     assert platform.query("SELECT count(*) FROM operations") == rows
+
+
+async def test_a_key_opens_the_methods_of_its_role_alone(clients: Clients, shared: Shared) -> None:
+    product = await clients.register()
+    keys = {Role.PRODUCT: product.metadata, Role.ADMIN: clients.admin}
+    opened = {Role.PRODUCT: {Role.PRODUCT}, Role.ADMIN: {Role.ADMIN}, Role.PRODUCT_OR_ADMIN: set(keys)}
+    for method in PRODUCT_METHODS + ADMIN_METHODS + SCOPED_METHODS:
+        for shown, metadata in keys.items():
+            try:
+                await call(shared[1][0], method, metadata)
+                code = grpc.StatusCode.OK
+            except grpc.aio.AioRpcError as error:
+                code = error.code()
+            assert (code is not grpc.StatusCode.UNAUTHENTICATED) == (shown in opened[ROLES[method]]), (method, shown)
 
 
 async def test_every_method_has_a_role(shared: Shared) -> None:
