@@ -63,9 +63,14 @@ end
 
 -- What the transcoder says of a request it cannot read, without the words of protobuf.
 local function invalid_request(complaint)
-  local unknown = complaint:match('^Could not find field "([%w_.]+)"')
+  local unknown = complaint:match('^Could not find field "([%w%%_.-]*)')
+    or complaint:match('^Encountered a non%-leaf field "([%w_]*)')
   if unknown then
     return envelope("INVALID_REQUEST", "unknown query parameter " .. unknown)
+  end
+  local repeated = complaint:match("Cannot set '([%w_.]+)' for type oneof$")
+  if repeated then
+    return envelope("INVALID_REQUEST", repeated .. " is given more than once")
   end
   local differing = complaint:match("^The binding value .* of the field ([%w_.]+) is conflicting")
   if differing then
@@ -99,17 +104,23 @@ local function service_error(status, grpc_code)
     seconds and string.format("%d", math.max(1, math.ceil(tonumber(seconds)))))
 end
 
+-- Methods whose answers in REST are not what the transcoder makes of the message; nil if this one is.
+local REWRITTEN = {
+  -- REST says `"engine":null`, which protobuf leaves out.
+  Admit = function(body)
+    local denial = body:match('^{"admitted":false,(.*)')
+    return denial and '{"admitted":false,"engine":null,' .. denial
+  end,
+  -- REST answers with the engine itself; the transcoder has no `response_body`.
+  GetEngine = function(body) return body:match('^{"engine":(.*)}$') end,
+}
+
 -- Status, body and Retry-After that replace those of a REST answer, or nil for those that are right.
-local function rewrite(headers, body)
+local function rewrite(headers, body, method)
   local status, content_type = headers:get(":status"), headers:get("content-type")
   if status == "200" and content_type == "application/json" and body ~= "" then
-    -- REST says `"engine":null`, which protobuf leaves out.
-    if body:sub(1, 18) == '{"admitted":false,' then
-      return status, '{"admitted":false,"engine":null,' .. body:sub(19)
-    end
-    -- REST answers with the engine itself; the transcoder has no `response_body`.
-    if body:sub(1, 10) == '{"engine":' then return status, body:sub(11, -2) end
-    return nil
+    local replacement = REWRITTEN[method](body)
+    return replacement and status, replacement
   end
   -- local_reply_config wrote it; HEAD gets its length without the body.
   if body:sub(1, 10) == '{"error":{' or body == "" and (headers:get("content-length") or "0") ~= "0" then
@@ -119,32 +130,52 @@ local function rewrite(headers, body)
   return service_error(body, body:match('^{"code":(%d+)') or headers:get("grpc-status"))
 end
 
+local function replace_answer(handle, method)
+  local buffer = handle:body(true)
+  local headers = handle:headers() -- what was fetched before the wait for the body is void
+  local status, body, retry_after = rewrite(headers, buffer and buffer:getBytes(0, buffer:length()) or "", method)
+  keep(headers, RESPONSE_HEADERS)
+  if not status then return end
+  headers:replace(":status", status)
+  headers:replace("content-type", "application/json")
+  if retry_after then headers:replace("retry-after", retry_after) end
+  -- Between headers and trailers without a message there is nothing that could become a body.
+  if buffer then buffer:setBytes(body) end
+end
+
 function envoy_on_request(handle)
   local headers = handle:headers()
   -- Nothing would come of an upgrade, but its request would never end.
-  if headers:get("upgrade") then return handle:respond({[":status"] = "400"}) end
+  if headers:get("upgrade") then
+    local _, body = envelope("INVALID_REQUEST", "a connection cannot be upgraded")
+    handle:respond({[":status"] = "400"}, body)
+  end
   keep(headers, is_grpc(headers) and GRPC_REQUEST_HEADERS or REQUEST_HEADERS)
+end
+
+-- Whether a REST answer is right as it is, line by line if it is a watch.
+local function is_right(headers, method)
+  return headers:get(":status") == "200" and headers:get("content-type") == "application/json"
+    and (headers:get("grpc-status") or "0") == "0" and not REWRITTEN[method]
+    and (method == "WatchEngine" or headers:get("content-length") ~= "0")
 end
 
 function envoy_on_response(handle)
   local headers = handle:headers()
+  local method = handle:streamInfo():routeName() -- each route has the name of its method
+  local watch = method == "WatchEngine"
   -- For a REST caller the transcoder turns every gRPC status but OK into another HTTP status than 200,
-  -- and OK without a message is no answer.
-  if headers:get(":status") == "200" and is_grpc(headers) and headers:get("grpc-status") ~= "0" then
+  -- and OK without a message is no answer. Only a watch may end before it has seen anything.
+  if headers:get(":status") == "200" and is_grpc(headers) and (watch or headers:get("grpc-status") ~= "0") then
     -- Envoy says UNKNOWN; the servers say RESOURCE_EXHAUSTED when they are called without a gateway.
     if headers:get("grpc-message") == "the message is over 64 KiB" then headers:replace("grpc-status", "8") end
     return
   end
-  local buffer = handle:body(true)
-  headers = handle:headers() -- what was fetched before the wait for the body is void
-  local status, body, retry_after = rewrite(headers, buffer and buffer:getBytes(0, buffer:length()) or "")
-  keep(headers, RESPONSE_HEADERS)
-  if status then
-    headers:replace(":status", status)
-    headers:replace("content-type", "application/json")
-    if retry_after then headers:replace("retry-after", retry_after) end
-    -- Between headers and trailers without a message there is nothing that could become a body.
-    if buffer then buffer:setBytes(body) end
+  if is_right(headers, method) then
+    keep(headers, RESPONSE_HEADERS)
+    if watch then headers:replace("content-type", "application/x-ndjson") end
+  else
+    replace_answer(handle, method)
   end
   local trailers = handle:trailers()
   if trailers then keep(trailers, {}) end

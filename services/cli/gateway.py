@@ -21,8 +21,9 @@ class GatewaySettings:
         admission: `host:port` of Admission; a DNS name may stand for several replicas.
         provisioner: `host:port` of the Provisioner, likewise.
         admin_port: port of Envoy's admin interface on 127.0.0.1; 0 takes a free one.
-        boot_timeout_s: seconds that the services wait for an engine to be healthy. Routes that boot
-            or destroy wait 30 s longer, so that it is the service that answers.
+        boot_timeout_s: seconds that the services wait for an engine to be healthy. Routes that change
+            engines wait a minute longer, in which a stop before it and an undo after it have their
+            time, so that it is the service that answers.
     """
 
     listen: str
@@ -49,8 +50,8 @@ def render(settings: GatewaySettings) -> str:
         ADMISSION_PORT=admission_port,
         PROVISIONER_HOST=provisioner_host,
         PROVISIONER_PORT=provisioner_port,
-        BOOT_ROUTE_TIMEOUT=f"{settings.boot_timeout_s + 30:g}",
-        IDLE_TIMEOUT=f"{settings.boot_timeout_s + 60:g}",
+        SLOW_ROUTE_TIMEOUT=f"{settings.boot_timeout_s + 60:g}",
+        IDLE_TIMEOUT=f"{settings.boot_timeout_s + 90:g}",
         DIRECTORY=DIRECTORY,
         DESCRIPTOR=base64.b64encode(_descriptor()).decode(),
     )

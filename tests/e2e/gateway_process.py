@@ -49,6 +49,39 @@ class Answer:
 
 
 @dataclass(frozen=True)
+class Lines:
+    """An answer of many lines, while it comes.
+
+    Args:
+        local_port: port of the caller's end of the connection.
+    """
+
+    status: int
+    headers: list[tuple[str, str]]
+    local_port: int
+    _reader: asyncio.StreamReader
+
+    async def __aiter__(self) -> AsyncIterator[Any]:
+        """Every line's object, as soon as it is there.
+
+        Raises:
+            IncompleteReadError: the answer was broken off.
+            TimeoutError: nothing comes.
+        """
+        line = b""
+        while True:
+            async with asyncio.timeout(DEADLINE_S):
+                size = int(await self._reader.readuntil(b"\r\n"), 16)
+                line += (await self._reader.readexactly(size + 2))[:size]
+            if not size:
+                assert not line
+                return
+            *complete, line = line.split(b"\n")
+            for one in complete:
+                yield json.loads(one)
+
+
+@dataclass(frozen=True)
 class Gateway:
     """A gateway that serves."""
 
@@ -64,6 +97,22 @@ class Gateway:
         if body is not None:
             lines.append(f"content-length: {len(body)}")
         return await self.raw("\r\n".join([*lines, "", ""]).encode() + (body or b""))
+
+    @asynccontextmanager
+    async def lines(self, path: str, headers: Iterable[tuple[str, str]] = ()) -> AsyncIterator[Lines]:
+        """Asks for an answer of many lines; the caller leaves at the block's end."""
+        host, port = self.address.split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        try:
+            lines = [f"GET {path} HTTP/1.1", "host: gateway", *(f"{name}: {value}" for name, value in headers), "", ""]
+            writer.write("\r\n".join(lines).encode())
+            async with asyncio.timeout(DEADLINE_S):
+                status, got = await _head(reader)
+            yield Lines(status, got, writer.get_extra_info("sockname")[1], reader)
+        finally:
+            writer.transport.abort()
+            with suppress(ConnectionError):
+                await writer.wait_closed()
 
     async def raw(self, request: bytes) -> Answer:
         """Sends these bytes and reads one answer."""
@@ -133,9 +182,7 @@ async def _exchange(address: str, request: bytes) -> Answer:
         reader, writer = await asyncio.open_connection(host, int(port))
         try:
             writer.write(request)
-            status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().rstrip().split("\r\n")
-            pairs = (line.split(": ", 1) for line in lines)
-            headers = [(name.lower(), value) for name, value in pairs]
+            status, headers = await _head(reader)
             length = dict(headers).get("content-length")
             if request.startswith(b"HEAD "):
                 body = b""
@@ -146,7 +193,14 @@ async def _exchange(address: str, request: bytes) -> Answer:
             writer.transport.abort()
             with suppress(ConnectionError):
                 await writer.wait_closed()
-    return Answer(int(status.split()[1]), headers, body)
+    return Answer(status, headers, body)
+
+
+async def _head(reader: asyncio.StreamReader) -> tuple[int, list[tuple[str, str]]]:
+    """An answer's status and headers."""
+    status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().rstrip().split("\r\n")
+    pairs = (line.split(": ", 1) for line in lines)
+    return int(status.split()[1]), [(name.lower(), value) for name, value in pairs]
 
 
 def _joined(chunks: bytes) -> bytes:

@@ -1,6 +1,4 @@
-"""Both services as the gateway sees them: real gRPC servers that answer what a test tells them."""
-
-# ruff: noqa: N802 - gRPC names the methods
+"""All services as the gateway sees them: a real gRPC server that answers what a test tells it."""
 
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -10,19 +8,24 @@ from typing import Any
 from uuid import uuid4
 
 import grpc
+from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 
 from september.admission.v1 import admission_service_pb2 as admission_pb
-from september.admission.v1 import admission_service_pb2_grpc as admission_grpc
 from september.engine.v1 import engine_pb2
-from september.provisioner.v1 import product_pb2, provisioner_service_pb2_grpc
-from september.provisioner.v1 import product_service_pb2 as product_pb
-from september.provisioner.v1 import product_service_pb2_grpc as product_grpc
-from september.provisioner.v1 import provisioner_service_pb2 as provisioner_pb
 from services.shared.grpc_server import to_status
+from tests.e2e.gateway_calls import SERVICES
 
 Context = Any
 Behaviour = Callable[[Context], Awaitable[Message]]
+StreamBehaviour = Callable[[Context], AsyncIterator[Message]]
+
+_METHODS: dict[str, MethodDescriptor] = {
+    f"/{service.full_name}/{method.name}": method for service in SERVICES for method in service.methods
+}
+# Fields by which a test knows a call; the first that is set counts.
+_KEY_FIELDS = ("user_id", "slug", "product_id", "page_token")
 
 
 @dataclass(frozen=True)
@@ -42,20 +45,24 @@ def engine(user_id: str) -> engine_pb2.Engine:
     return engine_pb2.Engine(engine_id="e-1", user_id=user_id, status=engine_pb2.Engine.running, api_key="sk-sept-1")
 
 
+# What success is, where it is more than an empty message.
+_SUCCESS: dict[str, Callable[[str], Message]] = {
+    "Admit": lambda key: admission_pb.AdmitResponse(admitted=True, engine=engine(key)),
+    "GetEngine": lambda key: admission_pb.GetEngineResponse(engine=engine(key)),
+    "CheckHealth": lambda key: admission_pb.CheckHealthResponse(status="ok"),
+}
+
+
 @dataclass
-class Services(
-    admission_grpc.AdmissionServiceServicer,
-    provisioner_service_pb2_grpc.ProvisionerServiceServicer,
-    product_grpc.ProductServiceServicer,
-):
-    """Answers every call with a success, or as told for its user_id, slug or product_id."""
+class Services(grpc.GenericRpcHandler):
+    """Answers every call with a success, or as told for its user_id, slug, product_id or page_token."""
 
     server: grpc.aio.Server
-    address: str
-    behaviours: dict[str, Behaviour] = field(default_factory=dict)
+    address: str = ""
+    behaviours: dict[str, Behaviour | StreamBehaviour] = field(default_factory=dict)
     calls: defaultdict[str, list[Call]] = field(default_factory=lambda: defaultdict(list))
 
-    def on(self, behaviour: Behaviour) -> str:
+    def on(self, behaviour: Behaviour | StreamBehaviour) -> str:
         """A new id, for which calls behave like this."""
         key = str(uuid4())
         self.behaviours[key] = behaviour
@@ -65,41 +72,35 @@ class Services(
         """Goes away, whatever is under way."""
         await self.server.stop(None)
 
-    async def _answer(self, key: str, request: Message, context: Context, success: Message) -> Any:
-        method = type(request).__name__.removesuffix("Request")
-        self.calls[key].append(Call(method, request, list(context.invocation_metadata())))
-        behaviour = self.behaviours.get(key)
-        return success if behaviour is None else await behaviour(context)
+    def service(self, details: grpc.HandlerCallDetails) -> Any:
+        method = _METHODS.get(details.method)
+        if method is None:
+            return None
+        answer_type = GetMessageClass(method.output_type)
 
-    async def Admit(self, request: admission_pb.AdmitRequest, context: Context) -> Any:
-        success = admission_pb.AdmitResponse(admitted=True, engine=engine(request.user_id))
-        return await self._answer(request.user_id, request, context, success)
+        def noted(request: Any, context: Context) -> tuple[str, Any]:
+            key = next((value for name in _KEY_FIELDS if (value := getattr(request, name, ""))), "")
+            self.calls[key].append(Call(method.name, request, list(context.invocation_metadata())))
+            return key, self.behaviours.get(key)
 
-    async def GetEngine(self, request: admission_pb.GetEngineRequest, context: Context) -> Any:
-        success = admission_pb.GetEngineResponse(engine=engine(request.user_id))
-        return await self._answer(request.user_id, request, context, success)
+        async def unary(request: Any, context: Context) -> Any:
+            key, behaviour = noted(request, context)
+            if behaviour is not None:
+                return await behaviour(context)
+            return _SUCCESS[method.name](key) if method.name in _SUCCESS else answer_type()
 
-    async def CheckHealth(self, request: admission_pb.CheckHealthRequest, context: Context) -> Any:
-        return await self._answer("", request, context, admission_pb.CheckHealthResponse(status="ok"))
+        async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
+            _, behaviour = noted(request, context)
+            if behaviour is None:
+                yield answer_type()
+            else:
+                async for message in behaviour(context):
+                    yield message
 
-    async def ProvisionEngine(self, request: provisioner_pb.ProvisionEngineRequest, context: Context) -> Any:
-        success = provisioner_pb.ProvisionEngineResponse(user_id=request.user_id, status=engine_pb2.Engine.running)
-        return await self._answer(request.user_id, request, context, success)
-
-    async def DestroyEngine(self, request: provisioner_pb.DestroyEngineRequest, context: Context) -> Any:
-        success = provisioner_pb.DestroyEngineResponse(status="destroyed", engine_id="e-1")
-        return await self._answer(request.user_id, request, context, success)
-
-    async def EnsureEngine(self, request: provisioner_pb.EnsureEngineRequest, context: Context) -> Any:
-        return await self._answer(request.user_id, request, context, provisioner_pb.EnsureEngineResponse())
-
-    async def RegisterProduct(self, request: product_pb.RegisterProductRequest, context: Context) -> Any:
-        success = product_pb.RegisterProductResponse(slug=request.slug)
-        return await self._answer(request.slug, request, context, success)
-
-    async def UpdatePolicy(self, request: product_pb.UpdatePolicyRequest, context: Context) -> Any:
-        success = product_pb.UpdatePolicyResponse(policy=product_pb2.Policy(max_engines=5))
-        return await self._answer(request.product_id, request, context, success)
+        parse, serialize = GetMessageClass(method.input_type).FromString, answer_type.SerializeToString
+        if method.server_streaming:
+            return grpc.unary_stream_rpc_method_handler(stream, parse, serialize)
+        return grpc.unary_unary_rpc_method_handler(unary, parse, serialize)
 
 
 def failing(code: str, message: str, retry_after_s: float | None = None) -> Behaviour:
@@ -116,12 +117,10 @@ def failing(code: str, message: str, retry_after_s: float | None = None) -> Beha
 @asynccontextmanager
 async def running_services(port: int = 0) -> AsyncIterator[Services]:
     """Serves on this port of 127.0.0.1, or on a free one."""
-    server = grpc.aio.server()
-    services = Services(server, f"127.0.0.1:{server.add_insecure_port(f'127.0.0.1:{port}')}")
-    admission_grpc.add_AdmissionServiceServicer_to_server(services, server)
-    provisioner_service_pb2_grpc.add_ProvisionerServiceServicer_to_server(services, server)
-    product_grpc.add_ProductServiceServicer_to_server(services, server)
-    await server.start()
+    services = Services(grpc.aio.server())
+    services.server.add_generic_rpc_handlers((services,))
+    services.address = f"127.0.0.1:{services.server.add_insecure_port(f'127.0.0.1:{port}')}"
+    await services.server.start()
     try:
         yield services
     finally:

@@ -8,8 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from google.api import annotations_pb2  # type: ignore[import-untyped]
 
 from services.cli.gateway import GatewaySettings, command, render
+from tests.e2e.gateway_calls import CHANGES, METHODS, SERVICES
 from tests.e2e.gateway_process import DEADLINE_S, running_gateway
 from tests.e2e.gateway_services import running_services
 
@@ -33,19 +35,34 @@ def test_envoy_accepts_the_configuration(tmp_path: Path) -> None:
     assert validation.stderr == ""
 
 
-def test_routes_that_boot_or_destroy_outlast_the_boot_timeout() -> None:
-    config = render(SETTINGS)
-    # Nothing moves on a stream while an engine boots.
-    assert "stream_idle_timeout: 72.5s" in config
-    assert dict(re.findall(r"- \{name: (\w+), .* timeout: (\S+)\}\}", config)) == {
-        "Admit": "42.5s",
-        "ProvisionEngine": "42.5s",
-        "DestroyEngine": "42.5s",
-        "GetEngine": "15s",
-        "CheckHealth": "15s",
-        "RegisterProduct": "15s",
-        "UpdatePolicy": "15s",
+def routes() -> dict[str, tuple[str, float]]:
+    """Cluster and timeout in seconds of every method's route."""
+    found = re.findall(r"\{name: (\w+), match: .* route: \{cluster: (\w+), timeout: ([\d.]+)s", render(SETTINGS))
+    return {name: (cluster, float(timeout_s)) for name, cluster, timeout_s in found}
+
+
+def test_every_method_with_a_rest_path_has_a_route_and_no_other() -> None:
+    public = {
+        method.name
+        for service in SERVICES
+        for method in service.methods
+        if method.GetOptions().HasExtension(annotations_pb2.http)
     }
+    assert set(routes()) == set(METHODS) == public
+    assert "EnsureEngine" not in public
+
+
+def test_a_method_goes_to_its_own_service() -> None:
+    clusters = {name: cluster for name, (cluster, _) in routes().items()}
+    assert clusters == {name: "admission" if m.is_admission else "provisioner" for name, m in METHODS.items()}
+
+
+def test_calls_that_change_engines_outlast_a_stop_a_boot_and_an_undo() -> None:
+    timeouts = {name: timeout_s for name, (_, timeout_s) in routes().items()}
+    assert timeouts == {**dict.fromkeys(METHODS, 15), **dict.fromkeys(CHANGES, 72.5), "WatchEngine": 0}
+    idle = re.search(r"stream_idle_timeout: (\S+)s", render(SETTINGS))
+    assert idle is not None
+    assert float(idle[1]) > max(timeouts.values())
 
 
 async def test_the_admin_interface_is_on_loopback_alone(tmp_path: Path) -> None:

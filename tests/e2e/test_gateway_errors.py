@@ -17,6 +17,7 @@ from grpc_status import rpc_status
 from september.admission.v1 import admission_service_pb2 as admission_pb
 from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceStub
 from september.errors.v1 import errors_pb2
+from tests.e2e.gateway_calls import UNARY, Method
 from tests.e2e.gateway_process import Gateway, running_gateway
 from tests.e2e.gateway_services import Behaviour, Context, Services, engine, failing, running_services
 
@@ -203,7 +204,16 @@ async def test_a_handler_that_raises_shows_nothing(served: Served) -> None:
 
 async def test_an_answer_too_large_to_transcode_is_an_error_and_not_empty(served: Served) -> None:
     async def behaviour(context: Context) -> Message:
-        return admission_pb.GetEngineResponse(engine=engine("x" * 3_000_000))
+        return admission_pb.GetEngineResponse(engine=engine("x" * 35_000_000))
 
     answer = await served.gateway.rest("GET", f"/engines/{served.services.on(behaviour)}")
     assert answer.own_error()[:2] == (500, "INTERNAL")
+
+
+@pytest.mark.parametrize("method", UNARY, ids=lambda method: method.name)
+async def test_every_method_fails_in_the_same_way(served: Served, method: Method) -> None:
+    key = method.key(served.services.on(failing("RATE_LIMITED", "slow down", 1.5)))
+    served.services.behaviours[key] = failing("RATE_LIMITED", "slow down", 1.5)
+    answer = await served.gateway.rest(*method.rest_call(key))
+    served.services.behaviours.clear()
+    assert (*answer.error(), answer.header("retry-after")) == (429, "RATE_LIMITED", "slow down", "2")

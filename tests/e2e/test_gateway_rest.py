@@ -1,22 +1,19 @@
-"""What REST callers send, and what they get when all is well: shapes, paths, bodies, and what is refused."""
+"""What REST callers send: paths and bodies, how they reach the services, and what is refused."""
 
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from google.protobuf.json_format import MessageToDict
-from google.protobuf.message import Message
 
 from september.admission.v1 import admission_service_pb2 as admission_pb
-from september.engine.v1 import denial_pb2, engine_pb2
-from september.provisioner.v1 import product_pb2
 from september.provisioner.v1 import product_service_pb2 as product_pb
+from tests.e2e.gateway_calls import METHODS, Method
 from tests.e2e.gateway_process import Gateway, running_gateway
-from tests.e2e.gateway_services import Context, Services, running_services
+from tests.e2e.gateway_services import Services, running_services
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -69,9 +66,18 @@ NO_ROUTE = [
     ("GET", "/"),
     ("GET", "/nowhere"),
     ("GET", "/nowhere?x=1"),
-    ("GET", "/engines"),
+    ("POST", "/engines"),
     ("GET", "/engines/"),
     ("GET", "/engines//"),
+    ("GET", "/engines/?limit=5"),
+    ("GET", "/engines/a/"),
+    ("GET", "/engines/a/history/"),
+    ("GET", "/engines/a/history/?limit=5"),
+    ("GET", "/products/"),
+    ("GET", "/products/p/"),
+    ("GET", "/status/"),
+    ("GET", "/health/"),
+    ("POST", "/engines/a/start/"),
     ("GET", "//engines/a"),
     ("GET", "/engines/a//admit"),
     ("POST", "/engines/a/admit/b"),
@@ -90,6 +96,21 @@ NO_ROUTE = [
     ("OPTIONS", "/engines/a"),
     ("TRACE", "/engines/a"),
     ("GET", "/engines/a/admit"),
+    ("GET", "/engines/a/start"),
+    ("PUT", "/engines/a/stop"),
+    ("POST", "/engines/a/rotate_key"),
+    ("POST", "/engines/a/watch"),
+    ("POST", "/engines/a/history"),
+    ("POST", "/engines/a/ensure"),
+    ("GET", "/engines/a/watch/b"),
+    ("POST", "/status"),
+    ("POST", "/audit"),
+    ("DELETE", "/audit"),
+    ("POST", "/products"),
+    ("POST", "/products/p"),
+    ("DELETE", "/products/p"),
+    ("GET", "/products/p/policy"),
+    ("PUT", "/products/p/disable"),
     ("POST", "/health"),
     ("POST", ADMIT),
     ("POST", ENSURE),
@@ -122,6 +143,7 @@ BODIES = {
     b'{"autoProvision":7}': "auto_provision has an invalid value",
     b'{"user_id":"other"}': "user_id is not the same in path and body",
 }
+OF_A_USER = [method for method in METHODS.values() if "{user_id}" in method.rest]
 
 
 @dataclass(frozen=True)
@@ -141,78 +163,17 @@ async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Serv
         yield Served(gateway, admission, provisioner)
 
 
-async def test_an_admitted_user_gets_the_engine_and_no_reason(served: Served) -> None:
-    answer = await served.gateway.rest("POST", "/engines/ada/admit", b'{"auto_wake":true,"auto_provision":true}')
-    assert answer.status == 200
-    assert answer.json() == {
-        "admitted": True,
-        "engine": {
-            "engine_id": "e-1",
-            "user_id": "ada",
-            "status": "running",
-            "url": "",
-            "api_key": "sk-sept-1",
-            "engine_version": "",
-        },
-    }
-    (call,) = served.admission.calls["ada"]
-    assert call.request == admission_pb.AdmitRequest(user_id="ada", auto_wake=True, auto_provision=True)
-
-
-@pytest.mark.parametrize("reason", [name for name, number in denial_pb2.Denial.Reason.items() if number])
-async def test_a_denial_has_a_null_engine_and_its_reason(served: Served, reason: str) -> None:
-    async def behaviour(context: Context) -> Message:
-        return admission_pb.AdmitResponse(admitted=False, reason=denial_pb2.Denial.Reason.Value(reason))
-
-    answer = await served.gateway.rest("POST", f"/engines/{served.admission.on(behaviour)}/admit")
-    assert answer.status == 200
-    assert answer.json() == {"admitted": False, "engine": None, "reason": reason}
-    assert answer.body == b'{"admitted":false,"engine":null,"reason":"%s"}' % reason.encode()
-
-
-async def test_get_answers_with_the_engine_itself(served: Served) -> None:
-    created = datetime(2026, 2, 3, 4, 5, 6, tzinfo=UTC)
-
-    async def behaviour(context: Context) -> Message:
-        engine = engine_pb2.Engine(engine_id="e-2", user_id='{"engine":"}', status=engine_pb2.Engine.sleeping)
-        engine.created_at.FromDatetime(created)
-        return admission_pb.GetEngineResponse(engine=engine)
-
-    answer = await served.gateway.rest("GET", f"/engines/{served.admission.on(behaviour)}")
-    assert answer.status == 200
-    assert answer.json() == {
-        "engine_id": "e-2",
-        "user_id": '{"engine":"}',
-        "status": "sleeping",
-        "url": "",
-        "api_key": "",
-        "engine_version": "",
-        "created_at": "2026-02-03T04:05:06Z",
-    }
-
-
-async def test_the_other_methods_answer_as_the_contract_says(served: Served) -> None:
-    rest = served.gateway.rest
-    assert (await rest("GET", "/health")).json() == {"status": "ok"}
-    provisioned = await rest("POST", "/engines/provision", b'{"user_id":"bob"}')
-    assert provisioned.json() == {"engine_id": "", "user_id": "bob", "status": "running", "url": "", "api_key": ""}
-    assert (await rest("DELETE", "/engines/bob")).json() == {"status": "destroyed", "engine_id": "e-1"}
-    registered = await rest("POST", "/products/register", b'{"slug":"shop"}')
-    assert registered.json() == {"product_id": "", "slug": "shop", "platform_api_key": ""}
-    assert (await rest("PUT", "/products/p-1/policy", b'{"max_engines":5}')).json() == {
-        "policy": {"max_engines": 5, "allowed_images": []}
-    }
-    assert [call.method for call in served.admission.calls[""]][-1] == "CheckHealth"
-    methods = [call.method for key in ("bob", "shop", "p-1") for call in served.provisioner.calls[key]]
-    assert methods == ["ProvisionEngine", "DestroyEngine", "RegisterProduct", "UpdatePolicy"]
-
-
-async def test_an_absent_limit_is_not_printed_and_a_present_one_is(served: Served) -> None:
-    async def behaviour(context: Context) -> Message:
-        return product_pb.UpdatePolicyResponse(policy=product_pb2.Policy(rate_limit_rpm=1))
-
-    answer = await served.gateway.rest("PUT", f"/products/{served.provisioner.on(behaviour)}/policy", b"{}")
-    assert answer.json() == {"policy": {"max_engines": 0, "rate_limit_rpm": 1, "allowed_images": []}}
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+async def test_a_path_reaches_its_method(served: Served, method: Method) -> None:
+    services, others = served.admission, served.provisioner
+    if not method.is_admission:
+        services, others = others, services
+    key = method.key("bob")
+    services.calls[key].clear()
+    others.calls[key].clear()
+    assert (await served.gateway.rest(*method.rest_call("bob"))).status == 200
+    assert [call.method for call in services.calls[key]] == [method.name]
+    assert not others.calls[key]
 
 
 async def test_a_policy_reaches_the_service_with_all_its_fields(served: Served) -> None:
@@ -223,29 +184,20 @@ async def test_a_policy_reaches_the_service_with_all_its_fields(served: Served) 
     assert MessageToDict(updated.request.policy) == policy == MessageToDict(registered.request.policy)
 
 
-@pytest.mark.parametrize(("segment", "user_id"), IDS.items(), ids=[segment[:20] for segment in IDS])
-async def test_an_id_in_a_path_reaches_the_service_decoded_once(served: Served, segment: str, user_id: str) -> None:
-    for method, path, services, call in [
-        ("GET", f"/engines/{segment}", served.admission, "GetEngine"),
-        ("POST", f"/engines/{segment}/admit", served.admission, "Admit"),
-        ("DELETE", f"/engines/{segment}", served.provisioner, "DestroyEngine"),
-    ]:
+@pytest.mark.parametrize("method", OF_A_USER, ids=lambda method: method.name)
+async def test_an_id_in_a_path_reaches_the_service_decoded_once(served: Served, method: Method) -> None:
+    services = served.admission if method.is_admission else served.provisioner
+    for segment, user_id in IDS.items():
         services.calls[user_id].clear()
-        answer = await served.gateway.rest(method, path)
-        assert answer.status == 200
-        assert answer.json().get("user_id", user_id) == user_id
-        assert [made.method for made in services.calls[user_id]] == [call]
+        assert (await served.gateway.rest(*method.rest_call(segment))).status == 200
+        assert [(call.method, call.request.user_id) for call in services.calls[user_id]] == [(method.name, user_id)]
 
 
 @pytest.mark.parametrize("segment", MALFORMED_IDS)
 async def test_an_id_that_is_not_percent_encoded_utf_8_is_refused(served: Served, segment: str) -> None:
-    for method, path in [("GET", ""), ("POST", "/admit"), ("DELETE", "")]:
-        answer = await served.gateway.rest(method, f"/engines/{segment}{path}")
+    for method in OF_A_USER:
+        answer = await served.gateway.rest(*method.rest_call(segment))
         assert answer.own_error()[:2] == (400, "INVALID_REQUEST")
-
-
-async def test_a_slash_at_the_end_is_no_part_of_an_id(served: Served) -> None:
-    assert (await served.gateway.rest("GET", "/engines/ina/")).json()["user_id"] == "ina"
 
 
 async def test_an_empty_id_stays_empty(served: Served) -> None:
@@ -272,26 +224,6 @@ async def test_other_protocols_than_rest_and_grpc_have_no_route(served: Served, 
     assert answer.own_error()[:2] == (404, "ROUTE_NOT_FOUND")
 
 
-@pytest.mark.parametrize("query", ["user_id=other", "auto_wake=true", "user_id", ""])
-async def test_a_query_is_refused_and_overrides_no_path(served: Served, query: str) -> None:
-    for method, path in [("GET", "/engines/q"), ("POST", "/engines/q/admit"), ("DELETE", "/engines/q")]:
-        answer = await served.gateway.rest(method, f"{path}?{query}")
-        expected = "unknown query parameter auto_wake" if query == "auto_wake=true" and method != "POST" else None
-        assert answer.own_error() == (
-            400,
-            "INVALID_REQUEST",
-            expected or "this call takes no query parameters",
-        )
-    assert not any(services.calls[key] for services in (served.admission, served.provisioner) for key in ("q", "other"))
-
-
-@pytest.mark.parametrize(("query", "name"), [("x=1", "x"), ("engine.url=1", "engine"), ("x%22y=1", None)])
-async def test_an_unknown_query_parameter_is_refused_by_name(served: Served, query: str, name: str | None) -> None:
-    status, code, message = (await served.gateway.rest("GET", f"/engines/q?{query}")).own_error()
-    assert (status, code) == (400, "INVALID_REQUEST")
-    assert name is None or message == f"unknown query parameter {name}"
-
-
 @pytest.mark.parametrize(("body", "message"), BODIES.items(), ids=[repr(body[:24]) for body in BODIES])
 async def test_an_invalid_body_is_refused_and_the_field_named(served: Served, body: bytes, message: str) -> None:
     answer = await served.gateway.rest("POST", "/engines/nobody/admit", body)
@@ -311,13 +243,32 @@ async def test_unknown_fields_of_a_body_are_ignored(served: Served) -> None:
     assert served.admission.calls["fay"][-1].request == admission_pb.AdmitRequest(user_id="fay", auto_wake=True)
 
 
-@pytest.mark.parametrize("method", ["GET", "DELETE"])
-async def test_a_body_where_none_belongs_changes_no_id(served: Served, method: str) -> None:
-    refused = await served.gateway.rest(method, "/engines/gus", b'{"user_id":"other"}')
+@pytest.mark.parametrize("method", [m for m in OF_A_USER if m.name != "Admit"], ids=lambda method: method.name)
+async def test_a_body_where_none_belongs_changes_no_id(served: Served, method: Method) -> None:
+    services = served.admission if method.is_admission else served.provisioner
+    services.calls["gus"].clear()
+    verb, path, _ = method.rest_call("gus")
+    refused = await served.gateway.rest(verb, path, b'{"user_id":"other"}')
     assert refused.own_error() == (400, "INVALID_REQUEST", "user_id is not the same in path and body")
-    assert (await served.gateway.rest(method, "/engines/gus", b'{"userId":"other"}')).status == 200
-    services = served.admission if method == "GET" else served.provisioner
-    assert services.calls["gus"][-1].request.user_id == "gus"
+    refused = await served.gateway.rest(verb, path, b"{")
+    assert refused.own_error() == (400, "INVALID_REQUEST", NOT_JSON)
+    assert not services.calls["gus"]
+    assert (await served.gateway.rest(verb, path, b'{"userId":"other"}')).status == 200
+    assert [call.request.user_id for call in services.calls["gus"]] == ["gus"]
+
+
+@pytest.mark.parametrize("body", [None, b"", b"{}", b'{"grace_s":null}', b'{"grace_s":60}'])
+async def test_a_key_is_rotated_with_the_grace_of_the_body(served: Served, body: bytes | None) -> None:
+    assert (await served.gateway.rest("POST", "/products/p-3/rotate-key", body)).status == 200
+    expected = product_pb.RotatePlatformKeyRequest(product_id="p-3", grace_s=60 if body and b"60" in body else 0)
+    assert served.provisioner.calls["p-3"][-1].request == expected
+
+
+@pytest.mark.parametrize("grace_s", [b"1.5", b'"soon"', b"true", b"99999999999", b"1e99", b"{}"])
+async def test_a_grace_that_is_no_whole_number_is_refused_by_name(served: Served, grace_s: bytes) -> None:
+    answer = await served.gateway.rest("POST", "/products/p-4/rotate-key", b'{"grace_s":' + grace_s + b"}")
+    assert answer.own_error() == (400, "INVALID_REQUEST", "grace_s has an invalid value")
+    assert not served.provisioner.calls["p-4"]
 
 
 async def test_a_body_of_64_kib_passes_and_one_byte_more_does_not(served: Served) -> None:

@@ -134,6 +134,30 @@ async def test_an_answer_that_is_no_answer_is_an_internal_error(tmp_path: Path, 
         assert "secret" not in text
 
 
+@pytest.mark.parametrize("name", [name for name in NO_ANSWERS if "message" not in name and "headers" not in name])
+async def test_a_watch_without_an_answer_is_an_error(tmp_path: Path, name: str) -> None:
+    async with (
+        answering(NO_ANSWERS[name]) as upstream,
+        running_gateway(tmp_path, "127.0.0.1:1", upstream.address) as gateway,
+    ):
+        error = (await gateway.rest("GET", "/engines/a/watch")).own_error()
+        assert error[:2] in ((500, "INTERNAL"), (503, "UNAVAILABLE"))
+        assert "secret" not in error[2]
+
+
+@pytest.mark.parametrize("name", ["message, then an error", "message, then no status"])
+async def test_a_watch_without_a_status_at_its_end_breaks_off(tmp_path: Path, name: str) -> None:
+    async with (
+        answering(NO_ANSWERS[name]) as upstream,
+        running_gateway(tmp_path, "127.0.0.1:1", upstream.address) as gateway,
+        gateway.lines("/engines/a/watch") as answer,
+    ):
+        lines = aiter(answer)
+        await anext(lines)
+        with pytest.raises(asyncio.IncompleteReadError):
+            await anext(lines)
+
+
 async def test_success_without_a_message_is_no_success(tmp_path: Path) -> None:
     async with (
         answering(grpc_answer(b"", ("grpc-status", "0"), ("x-inside", "1"))) as upstream,
