@@ -123,6 +123,8 @@ async def _answered(method: str, context: Context) -> AsyncIterator[None]:
         try:
             yield
             return
+        except grpc.aio.AbortError:
+            raise
         except ServiceError as error:
             log.info("call_refused", code=error.code, message=error.message)
             code, status = to_status(error.code, error.message, error.retry_after_s)

@@ -19,6 +19,8 @@ log = structlog.get_logger(__name__)
 # A connection that went half-open is noticed within seconds, and no statement, lock or forgotten
 # transaction holds a connection for long.
 _CONNECTION_PARAMETERS: dict[str, Any] = {
+    # A prepared statement fails once a migration has changed its result, and behind some poolers.
+    "prepare_threshold": None,
     "connect_timeout": 5,
     "keepalives_idle": 5,
     "keepalives_interval": 2,
