@@ -20,7 +20,7 @@ import pytest
 from services.provisioner.backends.base import Backend, EngineSpec, Instance, InstanceState
 from services.provisioner.backends.docker import DockerBackend
 from services.shared.errors import BackendError, Unavailable
-from tests.integration.backend_rigs import DockerRig, free_port, listening, spec_for, until
+from tests.integration.backend_rigs import DockerRig, answers, free_port, spec_for, until
 
 TIMEOUT_S = 3.0
 AT_ONCE_S = 1.5  # On a busy machine.
@@ -105,7 +105,7 @@ async def running(rig: DockerRig, backend: Backend, **fields: object) -> EngineS
     spec = spec_for(rig, **fields)
     await backend.create(spec)
     await backend.start(spec)
-    await until(lambda: listening(spec.port))
+    await until(lambda: answers(spec.port))
     return spec
 
 
@@ -334,13 +334,13 @@ async def test_a_daemon_that_hangs_holds_up_nobody_and_is_used_again_when_it_is_
 
     proxy.silent = False
 
-    async def answers() -> bool:
+    async def answers_again() -> bool:
         try:
             return await backend.inspect(spec.engine_id) == Instance(spec.engine_id, 1, InstanceState.RUNNING)
         except Unavailable:
             return False
 
-    await until(answers)
+    await until(answers_again)
 
 
 async def test_without_a_daemon_nothing_opens_and_calls_are_unavailable() -> None:
