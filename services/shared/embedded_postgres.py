@@ -43,8 +43,9 @@ def is_running(data_dir: Path) -> bool:
     """Whether a server runs over `data_dir`, be it still starting."""
     try:
         pid = int((data_dir / _PID_FILE).read_text().split()[0])
-        # A server's working directory is its data; a process that got the pid of a dead one has another.
-        return psutil.Process(pid).cwd() == str(data_dir.resolve())
+        # A process that got the pid of a dead one has another command line. It can be read of another
+        # user's process, too, even by a root without that capability, as in a container.
+        return str(data_dir.resolve()) in psutil.Process(pid).cmdline()
     except (FileNotFoundError, IndexError, ValueError, psutil.Error):
         return False
 

@@ -101,14 +101,17 @@ class Installation:
 
     def processes(self) -> list[psutil.Process]:
         """All that run on the directory: services, Envoy, PostgreSQL, engines."""
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                at_home = str(self.var) in " ".join([*process.cmdline(), process.cwd()])
-                told = process.environ().get("ORCH_VAR_DIR") == str(self.var)
-                if (at_home or told) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
+        return [process for process in psutil.process_iter() if self._owns(process)]
+
+    def _owns(self, process: psutil.Process) -> bool:
+        with suppress(psutil.Error):
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            if str(self.var) in " ".join(process.cmdline()):
+                return True
+            # Not to be read of every process of another user.
+            return process.cwd().startswith(str(self.var)) or process.environ().get("ORCH_VAR_DIR") == str(self.var)
+        return False
 
     def names(self) -> set[str]:
         """What of the platform runs."""

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -86,6 +87,7 @@ def test_what_it_keeps_is_for_its_user_alone(install: Install) -> None:
         assert not [text for text in visible if secret.read_text().strip() in text]
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
 def test_the_printed_session_works_when_it_is_pasted(install: Install) -> None:
     installation = install()
     installation.up()

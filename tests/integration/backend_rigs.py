@@ -84,13 +84,19 @@ def spec_for(rig: Rig, **fields: object) -> EngineSpec:
     return replace(spec, **fields)  # type: ignore[arg-type]
 
 
-async def listening(port: int) -> bool:
+async def answers(port: int) -> bool:
+    """Whether the engine itself is there: Docker's proxy listens before it."""
     try:
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
     except OSError:
         return False
-    writer.close()
-    return True
+    try:
+        writer.write(b"GET /health HTTP/1.0\r\n\r\n")
+        return await reader.read(1) != b""
+    except OSError:
+        return False
+    finally:
+        writer.close()
 
 
 class ProcessRig:

@@ -10,7 +10,7 @@ import pytest
 
 from services.provisioner.backends.base import Instance, InstanceState, PortTaken
 from services.shared.errors import BackendError, Unavailable
-from tests.integration.backend_rigs import Rig, free_port, listening, spec_for, until
+from tests.integration.backend_rigs import Rig, answers, free_port, spec_for, until
 
 
 async def test_an_engine_lives_through_create_start_stop_start_remove(rig: Rig) -> None:
@@ -20,16 +20,16 @@ async def test_an_engine_lives_through_create_start_stop_start_remove(rig: Rig) 
     assert await backend.inspect(spec.engine_id) is None
     await backend.create(spec)
     assert await backend.inspect(spec.engine_id) == Instance(spec.engine_id, 1, InstanceState.CREATED)
-    assert not await listening(spec.port)
+    assert not await answers(spec.port)
     await backend.start(spec)
     assert await backend.inspect(spec.engine_id) == Instance(spec.engine_id, 1, InstanceState.RUNNING)
-    await until(lambda: listening(spec.port))
+    await until(lambda: answers(spec.port))
     await backend.stop(spec.engine_id, grace_s=10)
     assert await backend.inspect(spec.engine_id) == Instance(spec.engine_id, 1, InstanceState.EXITED)
-    assert not await listening(spec.port)
+    assert not await answers(spec.port)
     await backend.start(spec)
     assert await backend.inspect(spec.engine_id) == Instance(spec.engine_id, 1, InstanceState.RUNNING)
-    await until(lambda: listening(spec.port))
+    await until(lambda: answers(spec.port))
     await backend.remove(spec.engine_id, volume=True)
     assert await backend.inspect(spec.engine_id) is None
     assert rig.leftovers() == 0
@@ -183,7 +183,7 @@ async def test_a_taken_port_is_refused_and_leaves_only_the_volume(rig: Rig) -> N
         again = replace(spec, port=port)
         await backend.create(again)
         await backend.start(again)
-        await until(lambda port=port: listening(port))  # type: ignore[misc]
+        await until(lambda port=port: answers(port))  # type: ignore[misc]
         await backend.remove(again.engine_id, volume=False)
 
 
@@ -194,7 +194,7 @@ async def test_the_port_of_another_engine_is_taken(rig: Rig) -> None:
     for spec in (first, second):
         await backend.create(spec)
     await backend.start(first)
-    await until(lambda: listening(first.port))
+    await until(lambda: answers(first.port))
 
     with pytest.raises(PortTaken):
         await backend.start(second)
@@ -208,7 +208,7 @@ async def test_a_port_is_free_again_when_its_engine_is_stopped(rig: Rig) -> None
     await backend.create(spec)
     for _ in range(5):
         await backend.start(spec)
-        await until(lambda: listening(spec.port))
+        await until(lambda: answers(spec.port))
         await backend.stop(spec.engine_id, grace_s=10)
 
 
@@ -253,7 +253,7 @@ async def test_stop_lets_an_engine_end_by_itself(rig: Rig, frozen: bool) -> None
     spec = spec_for(rig)
     await backend.create(spec)
     await backend.start(spec)
-    await until(lambda: listening(spec.port))
+    await until(lambda: answers(spec.port))
     if frozen:
         rig.freeze(spec.engine_id)
 
@@ -268,7 +268,7 @@ async def test_stop_kills_an_engine_that_ignores_it(rig: Rig) -> None:
     spec = spec_for(rig, image=rig.deaf)
     await backend.create(spec)
     await backend.start(spec)
-    await until(lambda: listening(spec.port))
+    await until(lambda: answers(spec.port))
 
     begun = time.monotonic()
     await backend.stop(spec.engine_id, grace_s=0.5)
@@ -284,7 +284,7 @@ async def test_stopping_engines_hold_up_nobody(rig: Rig) -> None:
     for spec in deaf:
         await backend.create(spec)
     await asyncio.gather(*(backend.start(spec) for spec in deaf))
-    await until(lambda: _all_listening([spec.port for spec in deaf]))
+    await until(lambda: _all_answer([spec.port for spec in deaf]))
 
     stops = [asyncio.create_task(backend.stop(spec.engine_id, grace_s=60)) for spec in deaf]
     await asyncio.sleep(0)
@@ -365,8 +365,8 @@ async def test_of_many_engines_that_want_one_port_one_gets_it(rig: Rig) -> None:
         return sum(rig.running(spec.engine_id) for spec in specs) == 1
 
     await until(one_is_left)
-    await until(lambda: listening(port))
+    await until(lambda: answers(port))
 
 
-async def _all_listening(ports: list[int]) -> bool:
-    return all([await listening(port) for port in ports])
+async def _all_answer(ports: list[int]) -> bool:
+    return all([await answers(port) for port in ports])

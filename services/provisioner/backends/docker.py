@@ -209,14 +209,15 @@ class DockerBackend:
         found = self._look(engine_id)
         if found is None or found.instance is None:
             return
-        if found.instance.state in (InstanceState.RUNNING, InstanceState.FROZEN):
-            try:
-                self._api.kill(found.id, signal)
-            except APIError as exc:
-                if not is_conflict(exc):  # It has not ended meanwhile.
-                    raise
-            if found.instance.state is InstanceState.FROZEN:
-                self._thaw(found.id)
+        if found.instance.state is InstanceState.FROZEN:
+            self._thaw(found.id)  # It must wake up to hear the signal.
+        elif found.instance.state is not InstanceState.RUNNING:
+            return
+        try:
+            self._api.kill(found.id, signal)
+        except APIError as exc:
+            if not is_conflict(exc):  # It has not ended meanwhile.
+                raise
 
     def _freeze(self, engine_id: UUID) -> None:
         found = self._look(engine_id)
