@@ -22,7 +22,7 @@ test: $(VENV)/.dev ## Run all tests that this machine can; REQUIRE_DOCKER=1 allo
 	@if docker info >/dev/null 2>&1; then deploy/docker/make-engine-image $(ENGINE_IMAGE); \
 	elif [ "$$REQUIRE_DOCKER" = 1 ]; then echo "no Docker daemon answers" >&2; exit 1; \
 	else echo "no Docker daemon answers: the tests that need one are skipped"; fi
-	$(BIN)/pytest
+	$(BIN)/pytest -n 4 --dist loadfile
 
 lint: build/googleapis ## Check style and format, of the protos too.
 	$(BIN)/ruff check

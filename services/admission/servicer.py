@@ -1,9 +1,7 @@
 """AdmissionService over gRPC."""
 
-from datetime import datetime
 from typing import Any
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from grpc.aio import ServicerContext
 
 from september.admission.v1 import admission_service_pb2 as pb
@@ -12,6 +10,7 @@ from september.engine.v1 import denial_pb2, engine_pb2
 from services.admission.admit import Admission
 from services.admission.domain import Admitted, Engine
 from services.shared.grpc_server import metadata_values
+from services.shared.timestamps import to_timestamp
 
 _KEY = "x-platform-key"
 
@@ -51,12 +50,6 @@ def _to_message(engine: Engine) -> engine_pb2.Engine:
         url=engine.url,
         api_key=engine.api_key,
         engine_version=engine.engine_version,
-        created_at=_timestamp(engine.created_at),
-        last_health_at=None if engine.last_health_at is None else _timestamp(engine.last_health_at),
+        created_at=to_timestamp(engine.created_at),
+        last_health_at=to_timestamp(engine.last_health_at),
     )
-
-
-def _timestamp(at: datetime) -> Timestamp:
-    timestamp = Timestamp()
-    timestamp.FromDatetime(at)
-    return timestamp

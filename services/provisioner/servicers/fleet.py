@@ -12,7 +12,7 @@ from services.provisioner.domain.audit import AuditEvent
 from services.provisioner.domain.fleet import EngineSummary
 from services.provisioner.fleet import Fleet
 from services.provisioner.servicers.authorization import calling_product, calling_scope
-from services.provisioner.servicers.timestamps import to_timestamp
+from services.shared.timestamps import to_timestamp
 
 
 class FleetServicer(FleetServiceServicer):

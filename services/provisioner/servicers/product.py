@@ -12,7 +12,7 @@ from september.provisioner.v1.product_service_pb2_grpc import ProductServiceServ
 from services.provisioner.domain.policy import Policy
 from services.provisioner.domain.product import Registration
 from services.provisioner.products import Products
-from services.provisioner.servicers.timestamps import to_timestamp
+from services.shared.timestamps import to_timestamp
 
 
 class ProductServicer(ProductServiceServicer):

@@ -14,6 +14,7 @@ from services.provisioner.lifecycle import Lifecycle
 from services.provisioner.servicers.authorization import calling_product
 from services.provisioner.watching import Watching
 from services.shared.keys import EngineKeyring
+from services.shared.timestamps import to_timestamp
 
 
 class ProvisionerServicer(ProvisionerServiceServicer):
@@ -97,21 +98,13 @@ class ProvisionerServicer(ProvisionerServiceServicer):
             )
 
     def _engine_message(self, engine: Engine) -> engine_pb2.Engine:
-        message = engine_pb2.Engine(
+        return engine_pb2.Engine(
             engine_id=str(engine.engine_id),
             user_id=engine.user_id,
             status=engine_pb2.Engine.Status.Value(engine.status),
             url=engine.url,
             api_key=self._keyring.decrypt(engine.engine_id, engine.encrypted_key),
             engine_version=engine.image,
-            created_at=_timestamp(engine.created_at),
+            created_at=to_timestamp(engine.created_at),
+            last_health_at=to_timestamp(engine.last_health_at),
         )
-        if engine.last_health_at is not None:
-            message.last_health_at.CopyFrom(_timestamp(engine.last_health_at))
-        return message
-
-
-def _timestamp(at: Any) -> Timestamp:
-    timestamp = Timestamp()
-    timestamp.FromDatetime(at)
-    return timestamp
