@@ -1,8 +1,6 @@
 """A Docker daemon of the test's own, to be killed and started again beside the machine's."""
 
-import os
 import shutil
-import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -76,11 +74,12 @@ class OwnDockerd:
     def lose(self, container: str) -> None:
         """Lets a container die unseen: the daemon goes on calling it running."""
         api = self.client()
-        found = api.inspect_container(container)
+        process = psutil.Process(api.inspect_container(container)["State"]["Pid"])
         api.close()
-        shim = next(p for p in psutil.process_iter() if "shim" in p.name() and found["Id"] in p.cmdline())
-        for pid in (self.containerd().pid, shim.pid, found["State"]["Pid"]):
-            os.kill(pid, signal.SIGKILL)
+        shim = process.parent()
+        assert shim is not None
+        for witness in (self.containerd(), shim, process):
+            witness.kill()
 
     def close(self) -> None:
         self.process.terminate()

@@ -1,8 +1,7 @@
 """What Docker loses, the platform brings back: a daemon killed under engines in every state."""
 
 import asyncio
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,9 +73,21 @@ class Fleet:
         return User(self.clients, self.product, user_id)
 
     async def provision(self, *user_ids: str) -> None:
-        for user_id in user_ids:
+        async def provision(user_id: str) -> None:
             self.made[user_id] = made = await self.user(user_id).call("Provision")
             await execute(made.url, made.api_key, "hello")
+
+        await asyncio.gather(*(provision(user_id) for user_id in user_ids))
+
+    async def each(self, verb: str, user_ids: Iterable[str]) -> None:
+        users = [self.user(user_id) for user_id in user_ids]
+        await asyncio.gather(*(user.sleep() if verb == "Sleep" else user.call(verb) for user in users))
+
+    async def remembers(self, user_id: str, url: str) -> bool:
+        """Whether the user's engine, and no other, answers at this URL, with all that it was told."""
+        done = (await execute(url, self.made[user_id].api_key, "again"))[-1]
+        others = [made.api_key for other, made in self.made.items() if other != user_id]
+        return done["messages"] == 4 and not any([await accepted(url, key) for key in others])
 
     def rows(self) -> dict[str, tuple[str, bool]]:
         rows = self.platform.query("SELECT user_id, status, deep_asleep FROM engines")
@@ -104,73 +115,68 @@ class Fleet:
 async def test_a_killed_daemon_and_engines_in_all_states(
     platform: DockerPlatform, dockerd: OwnDockerd, connect: Connect
 ) -> None:
+    running, frozen, deep, stopped = (
+        [f"{state}{i}" for i in range(count)]
+        for state, count in (("running", 6), ("frozen", 5), ("deep", 4), ("stopped", 4))
+    )
     first = platform.provisioner(
         ORCH_SLEEP_CHECK_INTERVAL_S="0.2", ORCH_DEEP_SLEEP_AFTER_S="1", ORCH_RESTART_MAX_ATTEMPTS="1"
     )
     clients = connect(platform, first, platform.admission(first))
     fleet = Fleet(platform, clients, await clients.register(), {})
-    deep, frozen, stopped = ("deep1", "deep2"), ("frozen1", "frozen2", "frozen3"), ("stopped1", "stopped2")
-    running = ("running1", "running2", "running3", "running4")
-    await fleet.provision(*deep, "failed", *stopped)
-    for user_id in deep:
-        await fleet.user(user_id).sleep()
-    for user_id in stopped:
-        await fleet.user(user_id).call("Stop")
+    await fleet.provision(*deep, *stopped, "failed")
+    await fleet.each("Sleep", deep)
+    await fleet.each("Stop", stopped)
     fleet.spoil("failed")
-    await fleet.until(
-        lambda: platform.query("SELECT 1 FROM engines WHERE status = 'failed' AND restart_at IS NULL"), "it is given up"
-    )
-    await fleet.until(lambda: all(fleet.rows()[user_id] == ("sleeping", True) for user_id in deep), "two sleep deeply")
+    given_up = "SELECT 1 FROM engines WHERE status = 'failed' AND restart_at IS NULL"
+    await fleet.until(lambda: platform.query(given_up), "one is given up")
+    await fleet.until(lambda: all(fleet.rows()[user_id] == ("sleeping", True) for user_id in deep), "some sleep deeply")
     assert first.terminate() == 0
 
     # From here on nobody but the reconciler looks.
     second = platform.provisioner(ORCH_HEALTH_CHECK_INTERVAL_S="3600")
     fleet.clients = connect(platform, second, platform.admission(second))
     await fleet.provision(*running, *frozen)
-    for user_id in frozen:
-        await fleet.user(user_id).sleep()
+    await fleet.each("Sleep", frozen)
     states, volumes = fleet.states(), fleet.volumes()
-    assert [states[user_id] for user_id in (*running, *frozen)] == ["running"] * 4 + ["paused"] * 3
-    assert len(volumes) == 12
+    assert {states[user_id] for user_id in running} == {"running"}
+    assert {states[user_id] for user_id in frozen} == {"paused"}
+    assert len(volumes) == 20
 
     dockerd.kill()
     dockerd.start()
-    back_at = time.monotonic()
     assert set(fleet.states().values()) == {"exited"}
 
-    def true() -> bool:
-        """What the row says, or an operation is there to make it so."""
+    def rows_are_true() -> bool:
+        """What a row says is so, or an operation is there to make it so."""
         rows, states = fleet.rows(), fleet.states()
         return all(
             rows[user_id][0] == "provisioning" or (rows[user_id], states[user_id]) == (("running", False), "running")
             for user_id in running
         ) and all(rows[user_id] == ("sleeping", True) for user_id in frozen)
 
-    await fleet.until(true, "the rows are true", INTERVAL_S + MARGIN_S)
-    assert time.monotonic() - back_at < INTERVAL_S + MARGIN_S
+    await fleet.until(rows_are_true, "the rows are true", INTERVAL_S + MARGIN_S)
     await fleet.until(lambda: all(fleet.rows()[user_id] == ("running", False) for user_id in running), "all are back")
-    rows = fleet.rows()
-    assert {user_id: rows[user_id] for user_id in (*deep, *frozen)} == dict.fromkeys(
-        (*deep, *frozen), ("sleeping", True)
-    )
-    assert [rows[user_id][0] for user_id in (*stopped, "failed")] == ["stopped", "stopped", "failed"]
+    expected = {
+        **dict.fromkeys(running, ("running", False)),
+        **dict.fromkeys([*frozen, *deep], ("sleeping", True)),
+        **dict.fromkeys(stopped, ("stopped", False)),
+        "failed": ("failed", False),
+    }
+    assert fleet.rows() == expected
+    assert {user_id for user_id, state in fleet.states().items() if state == "running"} == set(running)
     assert fleet.volumes() == volumes
-    assert {state for user_id, state in fleet.states().items() if user_id not in running} == {"exited"}
 
-    keys = {user_id: made.api_key for user_id, made in fleet.made.items()}
     for user_id in running:
         request = admission_pb.GetEngineRequest(user_id=user_id)
         engine = (await fleet.clients.admission.GetEngine(request, metadata=fleet.product.metadata)).engine
-        assert (engine.engine_id, engine.api_key) == (fleet.made[user_id].engine_id, keys[user_id])
-        assert (await execute(engine.url, engine.api_key, "again"))[-1]["messages"] == 4
-        assert not any([await accepted(engine.url, key) for other, key in keys.items() if other != user_id])
-    for user_id in (*deep, *frozen):
-        engine = (await fleet.user(user_id).admit(auto_wake=True)).engine
-        assert (await execute(engine.url, engine.api_key, "again"))[-1]["messages"] == 4
+        assert (engine.engine_id, engine.api_key) == (fleet.made[user_id].engine_id, fleet.made[user_id].api_key)
+        assert await fleet.remembers(user_id, engine.url)
+    for user_id in (*frozen, *deep):
+        assert await fleet.remembers(user_id, (await fleet.user(user_id).admit(auto_wake=True)).engine.url)
     for user_id in stopped:
-        started = await fleet.user(user_id).call("Start")
-        assert (await execute(started.url, keys[user_id], "again"))[-1]["messages"] == 4
-    assert set(platform.counts().values()) == {12}
+        assert await fleet.remembers(user_id, (await fleet.user(user_id).call("Start")).url)
+    assert set(platform.counts().values()) == {20}
 
 
 async def test_a_container_that_died_unseen_is_made_anew(
@@ -191,5 +197,5 @@ async def test_a_container_that_died_unseen_is_made_anew(
     ]
     engine = (await fleet.user("u1").admit()).engine
     assert (engine.engine_id, engine.api_key) == (made.engine_id, made.api_key)
-    assert (await execute(engine.url, engine.api_key, "again"))[-1]["messages"] == 4
+    assert await fleet.remembers("u1", engine.url)
     assert platform.query("SELECT restart_attempts FROM engines WHERE engine_id = %s", UUID(made.engine_id)) == [(1,)]
