@@ -8,7 +8,7 @@ from september.admission.v1.admission_service_pb2 import AdmitRequest
 from september.engine.v1.denial_pb2 import Denial
 from services.cli.command import DENIED, User, command, whole_number
 from services.cli.connection import Connection
-from services.cli.output import Output
+from services.cli.output import Output, enum_name
 from services.cli.sightings import progress
 
 app = typer.Typer()
@@ -43,6 +43,7 @@ async def admit(
     if answer.admitted or output.as_json:
         output.record(answer, "engine.url", "engine.api_key")
     else:
-        typer.echo(f"not admitted: {Denial.Reason.Name(answer.reason)}; {_REMEDIES[answer.reason]}", err=True)
+        reason = enum_name(Denial.Reason.DESCRIPTOR, answer.reason)
+        typer.echo("; ".join(filter(None, [f"not admitted: {reason}", _REMEDIES.get(answer.reason)])), err=True)
     if not answer.admitted:
         raise typer.Exit(DENIED)

@@ -44,6 +44,35 @@ Run = Callable[Concatenate[Connection, Output, P], Coroutine[Any, Any, None]]
 User = Annotated[str, typer.Argument(metavar="USER", help="The product's own id of the user.")]
 
 
+_CONNECTION = {
+    connection.ADMISSION: typer.Option(
+        "--admission", envvar=connection.ADMISSION, metavar="HOST:PORT", help="Address of Admission."
+    ),
+    connection.PROVISIONER: typer.Option(
+        "--provisioner", envvar=connection.PROVISIONER, metavar="HOST:PORT", help="Address of the Provisioner."
+    ),
+    connection.PLATFORM_KEY: typer.Option(
+        "--platform-key", envvar=connection.PLATFORM_KEY, metavar="KEY", help="Key of the product."
+    ),
+    connection.ADMIN_KEY: typer.Option(
+        "--admin-key", envvar=connection.ADMIN_KEY, metavar="KEY", help="Key of the operators."
+    ),
+}
+COMMON = [
+    inspect.Parameter(
+        variable.lower(), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
+    )
+    for variable, option in _CONNECTION.items()
+] + [
+    inspect.Parameter(
+        "as_json",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False,
+        annotation=Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")],
+    )
+]
+
+
 def command(app: typer.Typer, name: str | None = None) -> Callable[[Run[P]], Run[P]]:
     """Makes a command of a function that gets a connection, an output and the command's arguments.
 
@@ -90,32 +119,3 @@ def exit_code(code: str) -> int:
     """The exit code for an error of the table; 1 for one that is not in it."""
     value = errors_pb2.ErrorCode.DESCRIPTOR.values_by_name.get(f"ERROR_CODE_{code}")
     return _OF_HTTP.get(value.GetOptions().Extensions[errors_pb2.mapping].http_status, 1) if value else 1
-
-
-_CONNECTION = {
-    connection.ADMISSION: typer.Option(
-        "--admission", envvar=connection.ADMISSION, metavar="HOST:PORT", help="Address of Admission."
-    ),
-    connection.PROVISIONER: typer.Option(
-        "--provisioner", envvar=connection.PROVISIONER, metavar="HOST:PORT", help="Address of the Provisioner."
-    ),
-    connection.PLATFORM_KEY: typer.Option(
-        "--platform-key", envvar=connection.PLATFORM_KEY, metavar="KEY", help="Key of the product."
-    ),
-    connection.ADMIN_KEY: typer.Option(
-        "--admin-key", envvar=connection.ADMIN_KEY, metavar="KEY", help="Key of the operators."
-    ),
-}
-COMMON = [
-    inspect.Parameter(
-        variable.lower(), inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
-    )
-    for variable, option in _CONNECTION.items()
-] + [
-    inspect.Parameter(
-        "as_json",
-        inspect.Parameter.KEYWORD_ONLY,
-        default=False,
-        annotation=Annotated[bool, typer.Option("--json", help="Print JSON, errors too.")],
-    )
-]

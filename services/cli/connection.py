@@ -59,7 +59,6 @@ class Connection:
         self._given = given
         self._announced = {} if elsewhere else _announced(var)
         self._known = ChainMap(dict(given), self._announced)
-        self._var = var
 
     @asynccontextmanager
     async def admission(self) -> AsyncIterator[AdmissionServiceStub]:
@@ -140,8 +139,7 @@ class Connection:
         if address is None:
             raise RemoteError(
                 "UNAVAILABLE",
-                f"{variable} is not known, and {self._var.environment} does not name it: "
-                "`make run` or `september up` starts the platform here",
+                f"{variable} is not known; give it, or start the platform here with `make run` or `september up`",
             )
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal() or int(port) > 65535:

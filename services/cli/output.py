@@ -67,6 +67,9 @@ class Output:
                 typer.echo(f"{label}\t{_plain(answer, field)}")
             return
         grid = Table.grid(padding=(0, 2))
+        grid.add_column()
+        # What does not fit, a key for example, goes on in the next line.
+        grid.add_column(overflow="fold")
         for label, field in named:
             grid.add_row(Text(label.replace("_", " "), "bold"), _rich(answer, field, absent="none"))
         _print(grid)
@@ -137,6 +140,16 @@ def relative(at: datetime, now: datetime) -> str:
     return "now"
 
 
+def enum_name(enum: Any, number: int) -> str:
+    """The name of a value of an enum; the number of one that only later versions know.
+
+    Args:
+        enum: its descriptor.
+    """
+    value = enum.values_by_number.get(number)
+    return str(number) if value is None else str(value.name)
+
+
 def _json(message: Message, indent: int | None = 2) -> str:
     # Sorted: protobuf's order depends on which fields are empty.
     return MessageToJson(
@@ -172,7 +185,7 @@ def _text(field: Any, value: Any) -> str:
     elif field.is_repeated:
         text = ", ".join(value)
     elif field.enum_type is not None:
-        text = field.enum_type.values_by_number[value].name
+        text = enum_name(field.enum_type, value)
     elif isinstance(value, float):
         text = f"{value:.0f}"
     else:

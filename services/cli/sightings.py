@@ -10,7 +10,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from september.engine.v1.engine_pb2 import Engine
 from september.provisioner.v1.provisioner_service_pb2 import WatchEngineRequest, WatchEngineResponse
 from services.cli.connection import Connection
-from services.cli.output import Output
+from services.cli.output import Output, enum_name
 from services.shared.errors import ServiceError
 
 _PAUSE_S = 0.3
@@ -78,4 +78,6 @@ def _what(sighting: WatchEngineResponse) -> tuple[int, str, str]:
 
 
 def _describe(sighting: WatchEngineResponse) -> str:
-    return f"{sighting.operation} {sighting.step}" if sighting.operation else Engine.Status.Name(sighting.status)
+    if sighting.operation:
+        return f"{sighting.operation} {sighting.step}"
+    return enum_name(Engine.Status.DESCRIPTOR, sighting.status)

@@ -146,7 +146,7 @@ async def test_an_address_is_host_and_port(tmp_path: Path, address: str) -> None
 
 
 async def test_without_a_platform_here_its_start_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ServiceError, match=r"ADMISSION_ADDR.*run/env.*september up") as error:
+    with pytest.raises(ServiceError, match=r"ADMISSION_ADDR is not known.*september up") as error:
         async with Connection({}, VarDirectory(tmp_path)).admission():
             pass
     assert error.value.code == "UNAVAILABLE"

@@ -92,6 +92,14 @@ def test_fields_of_inner_messages_are_shown_and_absent_ones_are_empty(capsys: py
     assert capsys.readouterr().out == "max_engines\t5\nrate_limit_rpm\t\nallowed_images\ta:*, b\ndisabled_at\t\n"
 
 
+def test_what_only_later_versions_know_is_shown_by_its_number(capsys: pytest.CaptureFixture[str]) -> None:
+    later = EngineSummary.FromString(b"\x18\x63")
+    Output(as_json=False).rows([later], "status")
+    Output(as_json=True).event(later)
+    plain, document = capsys.readouterr().out.splitlines()
+    assert (plain, json.loads(document)["status"]) == ("99", 99)
+
+
 def test_an_error_says_when_to_try_again_before_any_other_hint(capsys: pytest.CaptureFixture[str]) -> None:
     output = Output(as_json=False)
     output.error(RemoteError("RATE_LIMITED", "too fast", retry_after_s=11.2), "a hint")
