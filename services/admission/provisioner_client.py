@@ -16,6 +16,8 @@ from services.shared.grpc_client import answered_error
 # After its timeout a failed boot is undone before it is answered.
 _MARGIN_S = 20.0
 _OPTIONS = (
+    # The Provisioner is near; `http_proxy` is for what is far.
+    ("grpc.enable_http_proxy", 0),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
     # A restarted Provisioner is found again within a second.

@@ -77,7 +77,7 @@ class Platform:
             health.serving(admission_address),
             health.answering(gateway_address),
         )
-        await asyncio.gather(*map(self._healthy, parts, signs))
+        await asyncio.wait([self.watch.create_task(sign) for sign in map(self._healthy, parts, signs)])
 
         admin_key = self.settings.admin_key.get_secret_value()
         platform_key = await asyncio.to_thread(

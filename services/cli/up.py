@@ -85,7 +85,7 @@ async def _until_signal(work: Coroutine[Any, Any, None]) -> None:
     await asyncio.wait({task, stopped}, return_when=asyncio.FIRST_COMPLETED)
     for number in _SIGNALS:
         loop.remove_signal_handler(number)
-        # What is still run to stop PostgreSQL inherits it.
+        # Without a handler the next one would end this process.
         signal.signal(number, signal.SIG_IGN)
     stopped.cancel()
     task.cancel()

@@ -1,6 +1,9 @@
 """PostgreSQL 16 from a package, for when no other is given."""
 
+import signal
+import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +16,8 @@ _VERSION = 16
 _PID_FILE = "postmaster.pid"
 # Of a Unix socket's path, on Linux.
 _LONGEST_PATH = 107
+_STOP_S = 30.0
+_PAUSE_S = 0.02
 
 
 def start(data_dir: Path) -> str:
@@ -34,20 +39,43 @@ def start(data_dir: Path) -> str:
 
 
 def stop(data_dir: Path) -> None:
-    """Stops the server over `data_dir`, if it runs. Blocks until it has ended."""
-    if is_running(data_dir):
-        _server(data_dir.resolve()).stop()
+    """Stops the server over `data_dir`, if it runs. Blocks until it has ended.
+
+    Signals it directly: a program to do so would be a fork, which is unsafe beside gRPC's threads.
+    """
+    postmaster = _postmaster(data_dir)
+    if postmaster is None:
+        return
+    with suppress(psutil.NoSuchProcess):
+        postmaster.send_signal(signal.SIGINT)  # Means: end all connections, then stop.
+        if not _ends(postmaster, within_s=_STOP_S):
+            postmaster.send_signal(signal.SIGQUIT)  # Means: at once, and recover at the next start.
+            _ends(postmaster, within_s=_STOP_S)
 
 
 def is_running(data_dir: Path) -> bool:
     """Whether a server runs over `data_dir`, be it still starting."""
+    return _postmaster(data_dir) is not None
+
+
+def _postmaster(data_dir: Path) -> psutil.Process | None:
     try:
-        pid = int((data_dir / _PID_FILE).read_text().split()[0])
+        process = psutil.Process(int((data_dir / _PID_FILE).read_text().split()[0]))
         # A process that got the pid of a dead one has another command line. It can be read of another
         # user's process, too, even by a root without that capability, as in a container.
-        return str(data_dir.resolve()) in psutil.Process(pid).cmdline()
+        return process if str(data_dir.resolve()) in process.cmdline() else None
     except (FileNotFoundError, IndexError, ValueError, psutil.Error):
-        return False
+        return None
+
+
+def _ends(process: psutil.Process, within_s: float) -> bool:
+    """Whether it ends in time. One that nobody reaps has ended, too."""
+    deadline = time.monotonic() + within_s
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_PAUSE_S)
+    return True
 
 
 def _server(data_dir: Path) -> "PostgresServer":

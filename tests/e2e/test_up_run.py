@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any
 
 import psutil
+import psycopg
 import pytest
 
 from tests.e2e.installation import Installation, install, post
@@ -160,7 +161,10 @@ def test_a_part_that_can_not_start_is_named_with_what_it_said(install: Install) 
     )
     refused = installation.run("up")
     assert refused.returncode == 1
-    assert "september: provisioner ended with exit code 1; the end of" in refused.stderr
+    first, *lines = refused.stderr.splitlines()
+    log = installation.var / "log" / "provisioner.log"
+    assert first == f"september: provisioner ended with exit code 1; the end of {log}:"
+    assert lines == [f"  {line}" for line in log.read_text().splitlines()]
     assert "Traceback" not in refused.stderr
     assert installation.processes() == []
 
@@ -215,6 +219,18 @@ def test_on_a_terminal_ctrl_c_pressed_again_and_again_leaves_nothing_running(ins
     assert terminal.returncode == 0
     assert installation.processes() == []
     assert "✓" in installation.output.read_text()
+
+
+def test_a_given_database_is_used_and_left_running(install: Install, database_url: str) -> None:
+    installation = install(ORCH_DATABASE_URL=database_url)
+    up = installation.up()
+    assert installation.announced()["DATABASE_URL"] == database_url
+    assert installation.admit()["status"] == "running"
+    assert not (installation.var / "postgres").exists()
+    up.terminate()
+    assert up.wait(DEADLINE_S) == 0
+    with psycopg.connect(database_url) as connection:
+        assert connection.execute("SELECT user_id FROM engines").fetchall() == [("ada",)]
 
 
 def test_a_key_that_the_registry_does_not_know_is_replaced(install: Install) -> None:
