@@ -1,5 +1,6 @@
 """A Docker daemon of the test's own, to be killed and started again beside the machine's."""
 
+import secrets
 import shutil
 import subprocess
 import tempfile
@@ -24,6 +25,10 @@ class OwnDockerd:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.address = f"unix://{directory}/socket"
+        # Told to have no bridge, a daemon would remove the machine's.
+        self.bridge = f"own-{secrets.token_hex(4)}"
+        subprocess.run(["ip", "link", "add", self.bridge, "type", "bridge"], check=True)
+        subprocess.run(["ip", "address", "add", "10.212.0.1/24", "dev", self.bridge], check=True)
         self.start()
 
     def start(self) -> None:
@@ -33,7 +38,7 @@ class OwnDockerd:
             "exec-root": self.directory / "exec",
             "pidfile": self.directory / "pid",
             "host": self.address,
-            "bridge": "none",
+            "bridge": self.bridge,
             "iptables": "false",
             "ip-masq": "false",
             "default-address-pool": "base=10.213.0.0/16,size=24",
@@ -88,6 +93,7 @@ class OwnDockerd:
         mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
         for mount in reversed([mount for mount in mounts if mount.startswith(str(self.directory))]):
             subprocess.run(["umount", "--lazy", mount], check=True)
+        subprocess.run(["ip", "link", "delete", self.bridge], check=True)
 
 
 @contextmanager

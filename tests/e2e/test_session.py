@@ -30,11 +30,13 @@ class Rest:
         self.url = url
 
     async def call(
-        self, method: str, path: str, body: dict[str, Any] | None = None, **headers: str
+        self, method: str, path: str, body: dict[str, Any] | None = None, **headers: Any
     ) -> tuple[int, dict[str, Any]]:
         """Status and body of the answer, which is JSON whatever it is."""
         named = {name.replace("_", "-"): value for name, value in headers.items()}
-        async with self._session.request(method, URL(self.url + path, encoded=True), json=body, headers=named) as response:
+        async with self._session.request(
+            method, URL(self.url + path, encoded=True), json=body, headers=named
+        ) as response:
             assert response.content_type == "application/json"
             return response.status, await response.json()
 
@@ -78,7 +80,7 @@ async def test_the_first_day_of_a_product(rest: Rest, shared: Shared) -> None:
     assert status == 200
     assert list(registered) == ["product_id", "slug", "platform_api_key"]
     product = Product(registered["product_id"], slug, registered["platform_api_key"])
-    key = {"x_platform_key": product.key}
+    key: dict[str, Any] = {"x_platform_key": product.key}
 
     assert await rest.call("POST", "/engines/ada/admit", **key) == (
         200,
@@ -186,7 +188,7 @@ async def test_a_429_says_when_to_come_back(rest: Rest, clients: Clients, shared
 async def test_a_misspelt_or_mistyped_policy_is_refused_by_name(
     rest: Rest, clients: Clients, shared: Shared, policy: dict[str, Any]
 ) -> None:
-    admin = {"x_admin_key": shared[0].admin_key}
+    admin: dict[str, Any] = {"x_admin_key": shared[0].admin_key}
     product = await clients.register()
     named = next(name for name, value in policy.items() if (name, value) != ("max_engines", 1))
     for method, path, body in (

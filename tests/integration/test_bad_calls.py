@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from typing import Any
-from uuid import uuid4
 
 import grpc
 import pytest
@@ -174,7 +173,8 @@ async def test_a_policy_is_in_force_on_the_next_request(clients: Clients) -> Non
 
 
 @pytest.mark.parametrize(
-    ("product_id", "code"), [("", "INVALID_REQUEST"), ("x", "INVALID_REQUEST"), (str(uuid4()), "PRODUCT_NOT_FOUND")]
+    ("product_id", "code"),
+    [("", "INVALID_REQUEST"), ("x", "INVALID_REQUEST"), ("0768a166-a414-4a19-a6b6-3d4f3a11b46a", "PRODUCT_NOT_FOUND")],
 )
 async def test_a_policy_for_no_product_is_refused(clients: Clients, product_id: str, code: str) -> None:
     policy = Struct()
