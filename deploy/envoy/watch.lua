@@ -10,10 +10,6 @@ end
 function envoy_on_response(handle)
   local headers = handle:headers()
   if headers:get("content-type") ~= "application/grpc-web+proto" then return end
-  if headers:get(":status") ~= "200" then
-    headers:replace("content-type", "application/json") -- what Envoy answers itself
-    return
-  end
   headers:replace("content-type", "application/grpc")
   for chunk in handle:bodyChunks() do
     local trailers = chunk:getBytes(0, chunk:length())

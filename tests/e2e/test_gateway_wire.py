@@ -158,12 +158,15 @@ async def test_a_watch_without_a_status_at_its_end_breaks_off(tmp_path: Path, na
             await anext(lines)
 
 
-async def test_success_without_a_message_is_no_success(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "path"), [("POST", "/engines/a/admit"), ("GET", "/engines"), ("POST", "/engines/a/stop")]
+)
+async def test_success_without_a_message_is_no_success(tmp_path: Path, method: str, path: str) -> None:
     async with (
         answering(grpc_answer(b"", ("grpc-status", "0"), ("x-inside", "1"))) as upstream,
-        running_gateway(tmp_path, upstream.address, "127.0.0.1:1") as gateway,
+        running_gateway(tmp_path, upstream.address, upstream.address) as gateway,
     ):
-        answer = await gateway.rest("POST", "/engines/a/admit")
+        answer = await gateway.rest(method, path)
         # Envoy gives the script no body to fill here.
         assert (answer.status, answer.body) == (500, b"")
         assert {name for name, _ in answer.headers} <= RESPONSE_HEADERS
