@@ -163,6 +163,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         )
 
         changes = Broadcast()
+        watching = Watching(intents, changes)
 
         def wake() -> None:
             worker.wake()
@@ -186,7 +187,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
             )
         )
         provisioner_service_pb2_grpc.add_ProvisionerServiceServicer_to_server(
-            ProvisionerServicer(lifecycle, Watching(intents, changes), keyring), server.server
+            ProvisionerServicer(lifecycle, watching, keyring), server.server
         )
         product_service_pb2_grpc.add_ProductServiceServicer_to_server(ProductServicer(products), server.server)
         fleet_service_pb2_grpc.add_FleetServiceServicer_to_server(
@@ -194,6 +195,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         )
         await server.start()
         stack.push_async_callback(server.stop, _GRACE_S)
+        stack.callback(watching.stop)
         log.info("serving", port=port, backend=settings.engine_backend)
         yield port
 

@@ -6,7 +6,7 @@ from uuid import UUID
 
 from services.provisioner.domain.engine import Engine, Sighting
 from services.provisioner.domain.product import Product
-from services.shared.errors import EngineNotFound
+from services.shared.errors import EngineNotFound, Unavailable
 from services.shared.loops import Broadcast
 from services.shared.user_id import check_user_id
 
@@ -28,6 +28,12 @@ class Watching:
     def __init__(self, sightings: Sightings, changes: Broadcast) -> None:
         self._sightings = sightings
         self._changes = changes
+        self._stopping = False
+
+    def stop(self) -> None:
+        """Ends all watches: who watches comes back to another Provisioner, or to the next."""
+        self._stopping = True
+        self._changes.give()
 
     async def watch(self, product: Product, user_id: str) -> AsyncIterator[Sighting]:
         """How the user's engine is, and again whenever that changes, until the engine is gone.
@@ -48,3 +54,5 @@ class Watching:
                     yield now
                     last = now
                 await changed.wait(_POLL_S)
+                if self._stopping:
+                    raise Unavailable("the provisioner is stopping, watch again")
