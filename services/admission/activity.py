@@ -108,14 +108,13 @@ class ActivityLog:
         Raises:
             Unavailable: nothing is lost, the next flush has it.
         """
-        before = time.monotonic()
         async with self._database.connection() as connection:
             cursor = await connection.execute(_SQL["clock"])
             clock = await cursor.fetchone()
         assert clock is not None
         now = time.monotonic()
-        # Decisions begun before the clock was read, and not noted yet, are not in this flush.
-        undecided_s = max((now - begun for begun in self._deciding.values() if begun < before), default=0.0)
+        # Decisions that are under way are not in this flush, and may rest on a look from before it.
+        undecided_s = max((now - begun for begun in self._deciding.values()), default=0.0)
         uses, self._uses = self._uses, {}
         denials, self._denials = self._denials, Counter()
         try:

@@ -65,13 +65,13 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         url = settings.database_url
         if url is None:
             url = await asyncio.to_thread(embedded_postgres.start, settings.var_dir / "postgres")
-        await migrate(url)
         database = Database(url, application_name="september-provisioner", max_size=16)
-        await database.open()
-        stack.push_async_callback(database.close)
         products = Products(ProductStore(database), settings.admin_key.get_secret_value())
         server = GrpcServer(settings.provisioner_listen, [AuthorizationInterceptor(products)])
         port = server.bind()
+        await migrate(url)
+        await database.open()
+        stack.push_async_callback(database.close)
 
         backend = _backend(settings, await installation_id(database))
         await backend.open()
@@ -96,7 +96,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         restarts = RestartPolicy(
             settings.restart_backoff_base_s, settings.restart_backoff_max_s, settings.restart_max_attempts
         )
-        intents = IntentStore(database, node=settings.node, ports=ports, url_of=url_of)
+        intents = IntentStore(database, node=settings.node, platform_image=settings.image, ports=ports, url_of=url_of)
         operations = OperationStore(
             database,
             owner=owner,
@@ -178,6 +178,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
                     worker=worker.run(),
                     watch=watch.run(),
                     listener=database.listen("operations", wake),
+                    steps_listener=database.listen("steps", changes.give),
                     sleeper=sleeper.run(),
                     health=health.run(),
                     restarter=restarter.run(),

@@ -11,7 +11,7 @@ import structlog
 
 from services.provisioner.backends.base import EngineSpec, Instance, InstanceState, PortTaken
 from services.provisioner.domain.engine import Engine
-from services.provisioner.domain.operation import GiveWay, LeaseLost, Operation, Step
+from services.provisioner.domain.operation import GiveWay, LeaseLost, Operation, OperationKind, Step
 from services.provisioner.lease import Lease
 from services.provisioner.ports import Backend, EngineClient, OperationLog
 from services.shared.errors import BackendError, BootTimeout, Internal, PortExhaustion, ServiceError, Unavailable
@@ -23,6 +23,8 @@ log = structlog.get_logger(__name__)
 _LAST_LOOK_S = 2.0
 _FIRST_PAUSE_S = 0.01
 _LONGEST_PAUSE_S = 0.5
+# Probes are counted for those who watch once they come slowly enough to be seen.
+_SHOWN_PAUSE_S = 0.2
 
 
 class Boot:
@@ -96,8 +98,9 @@ class Boot:
         spec = self._spec(engine, engine.port)
         instance = await self._backend.inspect(engine.engine_id)
         lease.check()
-        if instance is not None and instance.state is InstanceState.FROZEN:
-            # Thawed as it is: one of an older generation has the user's work in its memory.
+        alive = instance is not None and instance.state in (InstanceState.FROZEN, InstanceState.RUNNING)
+        if instance is not None and alive and operation.kind is not OperationKind.ROTATE_KEY:
+            # Thawed, or taken, as it is: one of an older generation has the user's work in its memory.
             spec = replace(spec, generation=instance.generation)
         else:
             await self._store.set_step(operation, Step.CREATING)
@@ -126,7 +129,8 @@ class Boot:
             if health.healthy:
                 return
             lease.check()
-            await self._store.set_probes(operation, probes)
+            if pause >= _SHOWN_PAUSE_S:
+                await self._store.set_probes(operation, probes)
             if time.monotonic() + pause > deadline:
                 raise BootTimeout(f"the engine was not healthy within {self._boot_timeout_s:g} s")
             await asyncio.sleep(pause)

@@ -55,6 +55,8 @@ class KeyRotation:
                 return await self._undo(operation, lease, failure)
             # From here on the new key is the engine's key, and the boot below gives it.
             await self._store.recreate_with_pending_key(operation)
+        lease.check()
+        await self._backend.stop(operation.engine_id, grace_s=_STOP_GRACE_S)
         boot_failure = await self._boot.bring_up(operation, lease)
         if boot_failure is None:
             return await self._store.finish(operation, Outcome.SUCCEEDED)

@@ -12,10 +12,10 @@ from uuid import UUID, uuid4
 from services.provisioner.domain.engine import DenialReason, Engine
 from services.provisioner.domain.intent import Newborn, Pending
 from services.provisioner.domain.operation import OperationKind, Outcome, Settled
-from services.provisioner.domain.policy import check_image
 from services.provisioner.domain.product import Product
+from services.provisioner.domain.transitions import BOOTS
 from services.provisioner.execution import STOP_GRACE_S
-from services.shared.errors import BootTimeout, EngineNotFound, Unavailable
+from services.shared.errors import BootTimeout, EngineNotFound, ServiceError, Unavailable
 from services.shared.keys import EngineKeyring, new_engine_key
 from services.shared.user_id import check_user_id
 
@@ -24,6 +24,7 @@ _T = TypeVar("_T")
 # After its timeout a failed boot is undone, and its own error is better than ours.
 _UNDO_S = 15.0
 _DESTROY_S = 60.0
+_MAKE_RUN = BOOTS | {OperationKind.ROTATE_KEY}
 
 
 class Intents(Protocol):
@@ -72,10 +73,8 @@ class Lifecycle:
             BackendError, BootTimeout, Unavailable.
         """
         check_user_id(user_id)
-        image = image or self._image
-        check_image(image, product.policy, self._image)
         pending = await self._written(
-            self._intents.provision(product.product_id, user_id, self._newborn(image), _actor(product))
+            self._intents.provision(product.product_id, user_id, self._newborn(image or self._image), _actor(product))
         )
         outcome = await self._ended(pending, self._boot_deadline())
         engine = await self._intents.engine_of_user(product.product_id, user_id)
@@ -94,10 +93,7 @@ class Lifecycle:
             InvalidRequest, PolicyDenied, QuotaExceeded, PortExhaustion, BackendError, BootTimeout, Unavailable.
         """
         check_user_id(user_id)
-        newborn = None
-        if auto_provision:
-            check_image(self._image, product.policy, self._image)
-            newborn = self._newborn(self._image)
+        newborn = self._newborn(self._image) if auto_provision else None
         deadline = self._boot_deadline()
         while True:
             answer = await self._written(
@@ -154,7 +150,7 @@ class Lifecycle:
         deadline = self._boot_deadline() + STOP_GRACE_S
         while True:
             pending = await self._written(self._intents.change(product.product_id, user_id, kind, _actor(product)))
-            outcome = await self._ended(pending, deadline)
+            outcome = await self._ended(pending, deadline, BootTimeout if kind in _MAKE_RUN else Unavailable)
             if pending.joined and outcome is Outcome.SUCCEEDED:
                 break
             if pending.joined and kind is OperationKind.SLEEP:
@@ -193,12 +189,12 @@ class Lifecycle:
     def _boot_deadline(self) -> float:
         return time.monotonic() + self._boot_timeout_s + _UNDO_S
 
-    async def _ended(self, pending: Pending, deadline: float) -> Outcome | None:
-        """Waits for the operation's end; raises what it failed with, if that is the caller's answer."""
+    async def _ended(self, pending: Pending, deadline: float, late: type[ServiceError] = BootTimeout) -> Outcome | None:
+        """Waits for the operation's end; raises what it failed with, if that is the caller's answer, or `late`."""
         try:
             settled = await self._watch.wait(pending.operation_id, deadline - time.monotonic())
         except TimeoutError as error:
-            raise BootTimeout("the operation on the engine is still under way; call again to join it") from error
+            raise late("the operation on the engine is still under way; call again to join it") from error
         failure = settled.failure()
         if failure is not None and (pending.joined or settled.outcome is None):
             raise failure

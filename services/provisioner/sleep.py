@@ -63,14 +63,18 @@ class FallAsleep:
         """Freezes the engine, unless there is a reason not to, which is returned."""
         lease.check()
         await self._store.set_step(operation, Step.ANNOUNCED)
+        # Read after the announcement was committed: whoever looks from now on has seen it.
+        announced_at = await self._store.clock()
         before = await self._backend.usage(engine.engine_id)
         deadline = time.monotonic() + _FLUSH_DEADLINE_S
-        while not await self._store.all_flushed(operation.created_at):
+        while not await self._store.all_flushed(announced_at):
             lease.check()
             if time.monotonic() > deadline:
                 return "an admission replica has not been heard of for some time"
             await asyncio.sleep(_POLL_S)
         health = await self._engines.health(engine.url)
+        if not health.healthy:
+            return "it does not answer"
         if health.active:
             return "it says that it is at work"
         work = work_between(before, await self._backend.usage(engine.engine_id))

@@ -49,6 +49,8 @@ class Database:
             max_size=max_size,
             timeout=5,
             max_waiting=2_000,
+            # Short, or the pauses between attempts would outgrow the outage; the next call tries anew.
+            reconnect_timeout=2,
             check=AsyncConnectionPool.check_connection,
             connection_class=psycopg.AsyncConnection[DictRow],
             kwargs={**self._parameters, "row_factory": dict_row, "autocommit": True},

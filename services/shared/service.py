@@ -4,7 +4,7 @@ import asyncio
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import Any, TypeVar
 
 import uvloop
@@ -13,6 +13,8 @@ from services.shared import log
 from services.shared.errors import ServiceError
 from services.shared.grpc_server import AddressTaken
 from services.shared.settings import CommonSettings, load
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 S = TypeVar("S", bound=CommonSettings)
 
@@ -34,12 +36,22 @@ def run(name: str, settings_type: type[S], serve: Callable[[S], AbstractAsyncCon
 
 
 async def _until_signal(service: AbstractAsyncContextManager[int]) -> None:
-    stop = asyncio.Event()
+    serving = asyncio.current_task()
+    assert serving is not None
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
-    async with service:
-        await stop.wait()
+
+    def stop() -> None:
+        # Once: a second signal must not cut the orderly end short.
+        for number in _SIGNALS:
+            loop.add_signal_handler(number, lambda: None)
+        serving.cancel()
+
+    for number in _SIGNALS:
+        loop.add_signal_handler(number, stop)
+    # Cancelled while it starts, or while it serves: either way what was opened is closed.
+    with suppress(asyncio.CancelledError):
+        async with service:
+            await asyncio.Event().wait()
 
 
 @asynccontextmanager

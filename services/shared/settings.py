@@ -4,6 +4,8 @@ import sys
 from pathlib import Path
 from typing import Annotated, TypeVar
 
+import psycopg
+from psycopg.conninfo import conninfo_to_dict
 from pydantic import AfterValidator, Field, SecretStr, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -20,12 +22,20 @@ def _fernet_keys(value: SecretStr) -> SecretStr:
     return value
 
 
+def _connection_string(value: str | None) -> str | None:
+    try:
+        conninfo_to_dict(value or "")
+    except psycopg.ProgrammingError as error:
+        raise ValueError("must be a connection string of PostgreSQL") from error
+    return value
+
+
 class StorageSettings(BaseSettings):
     """Where the platform keeps what outlives its processes."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True, hide_input_in_errors=True)
 
-    database_url: str | None = Field(
+    database_url: Annotated[str | None, AfterValidator(_connection_string)] = Field(
         None, description="PostgreSQL that holds the registry; without it an embedded one, its data under ORCH_VAR_DIR."
     )
     var_dir: Path = Field(Path("var"), description="Directory of what outlives the processes.")

@@ -302,3 +302,34 @@ async def test_a_watcher_that_leaves_is_let_go(user: User) -> None:
     with pytest.raises(asyncio.CancelledError):
         await anext(watched.answers)
     assert (await user.call("Stop")).status == STATUS.stopped
+
+
+async def test_an_engine_keeps_its_memory_when_it_wakes_after_a_rotation(user: User, shared: Shared) -> None:
+    """Thawed already, of an older generation than its row, and taken as it is by whoever goes on with the wake."""
+    made = await user.call("Provision")
+    process = process_of(shared[0], made.engine_id)
+    assert process is not None
+    await user.rotate()
+    await user.sleep()
+    process.resume()
+    await user.call("Wake")
+    assert process_of(shared[0], made.engine_id) == process
+
+
+async def test_an_engine_that_does_not_answer_is_not_taken_for_idle(user: User, shared: Shared) -> None:
+    made = await user.call("Provision", engine_version="tests.engines.silent")
+    assert await user.refused("Sleep") == "UNAVAILABLE"
+    process = process_of(shared[0], made.engine_id)
+    assert process is not None
+    assert process.status() != psutil.STATUS_STOPPED
+
+
+async def test_an_existing_engine_is_woken_whatever_may_be_provisioned_now(clients: Clients) -> None:
+    user = User(clients, await clients.register(allowed_images=["tests.engines.*"]))
+    await user.call("Provision", engine_version="tests.engines.no_rotation")
+    await user.sleep()
+    assert (await user.admit(auto_provision=True, auto_wake=True)).admitted
+    other = User(clients, user.product, "u2")
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await other.admit(auto_provision=True)
+    assert reason(error.value) == "POLICY_DENIED"

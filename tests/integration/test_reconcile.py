@@ -120,7 +120,11 @@ async def scene(platform: Platform, connect: Connect) -> AsyncIterator[Scene]:
     database = Database(platform.database_url, application_name="test")
     await database.open()
     intents = IntentStore(
-        database, node="local", ports=PortAllocator("local", range(0)), url_of=lambda engine_id, port: ""
+        database,
+        node="local",
+        platform_image="services.engine",
+        ports=PortAllocator("local", range(0)),
+        url_of=lambda engine_id, port: "",
     )
 
     async def leads() -> bool:

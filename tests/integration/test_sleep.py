@@ -55,13 +55,13 @@ def sleepers(platform: Platform, connect: Connect) -> Sleepers:
 
 async def test_an_idle_engine_is_frozen_and_thawed_with_its_memory(sleepers: Sleepers) -> None:
     user = await sleepers.user()
-    engine = (await user.admit(auto_provision=True)).engine
+    engine = (await user.admit(auto_provision=True, keep_awake_s=5)).engine
     await execute(engine.url, engine.api_key, "my name is Ada")
     process = await sleepers.asleep(engine.engine_id)
     assert process is not None
     assert process.status() == psutil.STATUS_STOPPED
     assert (await user.admit()).reason == REASON.engine_sleeping
-    woken = (await user.admit(auto_wake=True)).engine
+    woken = (await user.admit(auto_wake=True, keep_awake_s=60)).engine
     assert (woken.engine_id, woken.status) == (engine.engine_id, STATUS.running)
     assert process_of(sleepers.platform, engine.engine_id) == process
     assert (await execute(woken.url, woken.api_key, "and who am I?"))[-1]["messages"] == 4
@@ -79,8 +79,8 @@ async def test_an_engine_without_a_policy_of_sleep_stays_awake(sleepers: Sleeper
 
 async def test_an_engine_at_work_is_not_frozen_however_long_it_takes(sleepers: Sleepers) -> None:
     user = await sleepers.user()
-    engine = (await user.admit(auto_provision=True)).engine
-    done = (await execute(engine.url, engine.api_key, "take your time", delay_s=6))[-1]
+    engine = (await user.admit(auto_provision=True, keep_awake_s=3)).engine
+    done = (await execute(engine.url, engine.api_key, "take your time", delay_s=7))[-1]
     assert done["messages"] == 2
     rows = sleepers.platform.query(
         "SELECT count(*) FROM operations WHERE engine_id = %s AND kind = 'sleep' AND outcome = 'succeeded'"
@@ -126,12 +126,12 @@ async def test_a_caller_can_keep_an_engine_awake_within_its_policy(sleepers: Sle
 async def test_a_sleeper_gives_its_memory_back_and_is_started_when_wanted(platform: Platform, connect: Connect) -> None:
     sleepers = Sleepers(platform, connect, ORCH_DEEP_SLEEP_AFTER_S="1")
     user = await sleepers.user()
-    engine = (await user.admit(auto_provision=True)).engine
+    engine = (await user.admit(auto_provision=True, keep_awake_s=5)).engine
     await execute(engine.url, engine.api_key, "my name is Ada")
     await sleepers.until(lambda: platform.query("SELECT 1 FROM engines WHERE deep_asleep"), "it sleeps deeply")
     assert process_of(platform, engine.engine_id) is None
     assert (await user.admit()).reason == REASON.engine_sleeping
-    woken = (await user.admit(auto_wake=True)).engine
+    woken = (await user.admit(auto_wake=True, keep_awake_s=60)).engine
     assert woken.engine_id == engine.engine_id
     assert (await execute(woken.url, woken.api_key, "and who am I?"))[-1]["messages"] == 4
     assert platform.query("SELECT deep_asleep FROM engines") == [(False,)]

@@ -21,6 +21,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("ORCH_MASTER_KEY", "secret-but-wrong"),
         ("ORCH_MASTER_KEY", GOOD["ORCH_MASTER_KEY"] + ","),
         ("ORCH_ADMIN_KEY", "short-secret"),
+        ("ORCH_DATABASE_URL", "hello secret"),
         ("ORCH_PORT_MIN", "80"),
         ("ORCH_PORT_MAX", "65536"),
         ("ORCH_PORT_MAX", "9000"),

@@ -39,9 +39,9 @@ TRANSITIONS: Mapping[K, Transition] = {
 
 OBSERVED: Mapping[tuple[S, S], str] = {
     (S.RUNNING, S.FAILED): "found unwell",
-    (S.SLEEPING, S.RUNNING): "found awake",
+    (S.RUNNING, S.PROVISIONING): "found ended",
 }
-"""Changes that no operation brings about: the health loop and the reconciler find them."""
+"""Changes that begin with what the health loop and the reconciler find, and not with a call."""
 
 BOOTS = frozenset({K.PROVISION, K.START, K.WAKE, K.RESTART})
 """Kinds that end with a running engine, so that a caller who wants one may wait for them."""

@@ -20,7 +20,7 @@ import structlog
 from services.provisioner.backends.base import Backend, InstanceState
 from services.provisioner.domain.health import Patient, prober_is_ill
 from services.provisioner.ports import EngineClient
-from services.shared.errors import Unavailable
+from services.shared.errors import ServiceError
 
 log = structlog.get_logger(__name__)
 
@@ -67,7 +67,7 @@ class Health:
             try:
                 if await self._leads():
                     await self.tick()
-            except Unavailable as error:
+            except ServiceError as error:
                 log.warning("health_postponed", reason=error.message)
             pause = max(self._interval_s - (time.monotonic() - begun), 0)
 

@@ -15,7 +15,7 @@ from uuid import UUID
 
 import structlog
 
-from services.provisioner.domain.operation import LeaseLost, Operation, Settled
+from services.provisioner.domain.operation import LeaseLost, Operation, OperationKind, Settled
 from services.provisioner.execution import Executor
 from services.provisioner.lease import Lease
 from services.shared.errors import Unavailable
@@ -31,7 +31,7 @@ _LONGEST_PAUSE_S = 30.0
 class Queue(Protocol):
     """Operations that wait for a worker."""
 
-    async def claim(self, limit: int) -> list[Operation]: ...
+    async def claim(self, limit: int, running: Collection[UUID]) -> list[Operation]: ...
     async def renew(self, operation_ids: Collection[UUID]) -> dict[UUID, bool]: ...
     async def release(self, operation: Operation, pause_s: float) -> None: ...
     async def quarantine(self, operation: Operation) -> None: ...
@@ -42,6 +42,11 @@ class _Run:
     operation: Operation
     lease: Lease
     task: asyncio.Task[None]
+
+
+def _may_be_left(operation: Operation) -> bool:
+    """Whether enough was tried; a destroy is tried until it is done, since nothing else can end it."""
+    return operation.attempts >= _MAX_ATTEMPTS and operation.kind is not OperationKind.DESTROY
 
 
 class OperationWorker:
@@ -98,7 +103,7 @@ class OperationWorker:
         if room <= 0:
             return
         now = time.monotonic()
-        for operation in await self._queue.claim(room):
+        for operation in await self._queue.claim(room, self._runs):
             lease = Lease(now + self._lease_s)
             task = asyncio.create_task(self._carry_out(operation, lease), name=f"operation {operation.kind}")
             self._runs[operation.operation_id] = _Run(operation, lease, task)
@@ -118,12 +123,12 @@ class OperationWorker:
                 await self._postpone(operation)
             except Exception:
                 log.exception("operation_failed", attempts=operation.attempts)
-                await self._postpone(operation, last=operation.attempts >= _MAX_ATTEMPTS)
+                await self._postpone(operation, last=_may_be_left(operation))
             else:
                 log.info("operation_finished", outcome=settled.outcome, error_code=settled.error_code)
                 self._settled(settled)
             finally:
-                del self._runs[operation.operation_id]
+                self._runs.pop(operation.operation_id, None)
                 self._pulse.give()
 
     async def _postpone(self, operation: Operation, *, last: bool = False) -> None:
@@ -132,7 +137,7 @@ class OperationWorker:
             if last:
                 await self._queue.quarantine(operation)
             else:
-                await self._queue.release(operation, min(0.25 * 2**operation.attempts, _LONGEST_PAUSE_S))
+                await self._queue.release(operation, min(0.25 * 2 ** min(operation.attempts, 10), _LONGEST_PAUSE_S))
 
     async def _hand_over(self) -> None:
         """Stops every operation at its next safe point and gives it back."""

@@ -22,7 +22,7 @@ from services.provisioner.domain.engine import EngineStatus
 from services.provisioner.domain.intent import Pending
 from services.provisioner.domain.operation import OperationKind
 from services.provisioner.domain.registered import Registered
-from services.shared.errors import Unavailable
+from services.shared.errors import ServiceError
 
 log = structlog.get_logger(__name__)
 
@@ -33,7 +33,7 @@ _RETRY_S = 5.0
 
 
 class Rows(Protocol):
-    async def registered(self) -> list[Registered]: ...
+    async def registered(self, listed: Collection[UUID]) -> list[Registered]: ...
     async def unknown(self, engine_ids: Collection[UUID]) -> dict[UUID, bool]: ...
     async def set_deep_asleep(self, engine_id: UUID, deep_asleep: bool) -> None: ...
 
@@ -111,7 +111,7 @@ class Reconciler:
             try:
                 if await self._leads():
                     await self.tick()
-            except Unavailable as error:
+            except ServiceError as error:
                 log.warning("reconcile_postponed", reason=error.message)
                 pause = min(self._interval_s, _RETRY_S)
 
@@ -122,7 +122,7 @@ class Reconciler:
             Unavailable: registry or backend can't be reached.
         """
         states = await self._states()
-        rows = await self._rows.registered()
+        rows = await self._rows.registered(states)
         unlike = [row for row in rows if not row.busy and repair_of(row, states.get(row.engine_id))]
         if unlike:
             await self._repair(unlike, await self._states())

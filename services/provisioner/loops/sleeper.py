@@ -20,7 +20,7 @@ from services.provisioner.domain.intent import Pending
 from services.provisioner.domain.operation import OperationKind
 from services.provisioner.ports import EngineClient
 from services.provisioner.sleep import work_between
-from services.shared.errors import ServiceError, Unavailable
+from services.shared.errors import ServiceError
 
 log = structlog.get_logger(__name__)
 
@@ -76,7 +76,7 @@ class Sleeper:
             try:
                 if await self._leads():
                     await self.tick()
-            except Unavailable as error:
+            except ServiceError as error:
                 log.warning("sleeper_postponed", reason=error.message)
 
     async def tick(self) -> None:
@@ -95,7 +95,10 @@ class Sleeper:
     async def _consider(self, engine: Engine, seen: dict[UUID, Usage]) -> None:
         now = await self._backend.usage(engine.engine_id)
         before = self._before.get(engine.engine_id)
-        if (await self._engines.health(engine.url)).active:
+        health = await self._engines.health(engine.url)
+        if not health.healthy:
+            return  # The health loop's to look at.
+        if health.active:
             await self._candidates.mark_busy(engine.engine_id, "it said that it was at work")
         elif before is None:
             seen[engine.engine_id] = now

@@ -27,19 +27,23 @@ FROM operations
 WHERE operation_id = ANY(%(operation_ids)s) AND (finished_at IS NOT NULL OR quarantined_at IS NOT NULL)
 
 -- name: claim_operations
+-- Materialized: a plan that ran the choice more than once would take more than the limit.
+WITH due AS MATERIALIZED (
+    SELECT operation_id AS id FROM operations
+    WHERE node = %(node)s AND finished_at IS NULL AND quarantined_at IS NULL AND not_before <= clock_timestamp()
+        AND (owner IS NULL OR lease_until < clock_timestamp())
+        AND operation_id <> ALL(%(running)s) AND kind = ANY(%(kinds)s) AND step = ANY(%(steps)s)
+    ORDER BY not_before
+    LIMIT %(limit)s
+    FOR UPDATE SKIP LOCKED
+)
 UPDATE operations
 SET owner = %(owner)s,
     lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s),
     attempts = attempts + 1,
     deadline = coalesce(deadline, clock_timestamp() + make_interval(secs => %(boot_timeout_s)s))
-WHERE operation_id IN (
-    SELECT operation_id FROM operations
-    WHERE node = %(node)s AND finished_at IS NULL AND quarantined_at IS NULL AND not_before <= clock_timestamp()
-        AND (owner IS NULL OR lease_until < clock_timestamp())
-    ORDER BY not_before
-    LIMIT %(limit)s
-    FOR UPDATE SKIP LOCKED
-)
+FROM due
+WHERE operation_id = due.id
 RETURNING operation_id, engine_id, product_id, user_id, kind, step, actor, attempts, error_code, error_message,
     created_at,
     extract(epoch FROM deadline - clock_timestamp())::double precision AS seconds_left
@@ -58,7 +62,7 @@ WITH changed AS (
     WHERE operation_id = %(operation_id)s AND owner = %(owner)s AND finished_at IS NULL
     RETURNING operation_id
 )
-SELECT pg_notify('operations', '') FROM changed
+SELECT pg_notify('steps', '') FROM changed
 
 -- name: set_probes
 WITH changed AS (
@@ -66,12 +70,14 @@ WITH changed AS (
     WHERE operation_id = %(operation_id)s AND owner = %(owner)s AND finished_at IS NULL
     RETURNING operation_id
 )
-SELECT pg_notify('operations', '') FROM changed
+SELECT pg_notify('steps', '') FROM changed
 
 -- name: sighting
--- How an engine is at this moment; no row once it is gone.
+-- How an engine is at this moment; no row once it is gone, or its product disabled.
 SELECT status, kind, CASE WHEN step = 'probing' THEN 'probing ' || probes ELSE step END AS step
-FROM engines LEFT JOIN operations ON operations.engine_id = engines.engine_id AND finished_at IS NULL
+FROM engines
+JOIN products ON products.product_id = engines.product_id AND disabled_at IS NULL
+LEFT JOIN operations ON operations.engine_id = engines.engine_id AND finished_at IS NULL
 WHERE engines.engine_id = %(engine_id)s
 
 -- name: release_operation

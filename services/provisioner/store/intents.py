@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 from services.provisioner.domain.engine import DenialReason, Engine, EngineStatus, Sighting
 from services.provisioner.domain.intent import Newborn, Pending
 from services.provisioner.domain.operation import SYSTEM, OpenOperation, OperationKind, Outcome
+from services.provisioner.domain.policy import check_image
 from services.provisioner.domain.transitions import BOOTS, TRANSITIONS, YIELDS, check_begin
 from services.provisioner.store.ports import PortAllocator
 from services.provisioner.store.rows import load_sql, to_engine, to_open_operation, to_product
@@ -28,15 +29,23 @@ class IntentStore:
     Args:
         database: the registry.
         node: where new engines are made.
+        platform_image: what engines run unless asked otherwise; a policy without a list allows its repository.
         ports: gives new engines their ports.
         url_of: URL of an engine by its id and port.
     """
 
     def __init__(
-        self, database: Database, *, node: str, ports: PortAllocator, url_of: Callable[[UUID, int], str]
+        self,
+        database: Database,
+        *,
+        node: str,
+        platform_image: str,
+        ports: PortAllocator,
+        url_of: Callable[[UUID, int], str],
     ) -> None:
         self._database = database
         self._node = node
+        self._platform_image = platform_image
         self._ports = ports
         self._url_of = url_of
 
@@ -57,6 +66,7 @@ class IntentStore:
         The lock makes the count exact: nobody else adds an engine to the product meanwhile.
 
         Raises:
+            InvalidRequest, PolicyDenied: the product may not run the image.
             EngineAlreadyExists: the user has one, in whatever state.
             QuotaExceeded: the product is at its `max_engines`.
             PortExhaustion: no port of the node is free.
@@ -73,7 +83,7 @@ class IntentStore:
             newborn: what to make if the user has no engine; None to make nothing.
 
         Raises:
-            QuotaExceeded, PortExhaustion: as for `provision`.
+            PolicyDenied, QuotaExceeded, PortExhaustion: as for `provision`.
         """
         async with self._database.transaction() as tx:
             while True:
@@ -209,6 +219,7 @@ class IntentStore:
         if row is None:
             raise ProductNotFound
         policy = to_product(row).policy
+        check_image(newborn.image, policy, self._platform_image)
         if await _engine_of_user(tx, product_id, user_id) is not None:
             raise EngineAlreadyExists("user_id: the user has an engine already")
         cursor = await tx.execute(_PRODUCTS["count_engines"], {"product_id": product_id})

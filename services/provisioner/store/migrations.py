@@ -27,6 +27,7 @@ async def migrate(url: str) -> list[str]:
     try:
         connection = await psycopg.AsyncConnection.connect(url, autocommit=True, connect_timeout=5)
     except psycopg.OperationalError as error:
+        log.warning("registry_unreachable", error=str(error))
         raise Unavailable("the registry can't be reached") from error
     async with connection:
         await connection.execute("SELECT pg_advisory_lock(%s)", [_LOCK])

@@ -30,6 +30,10 @@ _ENGINES = load_sql("engines")
 _OPERATIONS = load_sql("operations")
 
 
+_KINDS = [kind.value for kind in OperationKind]
+_STEPS = [step.value for step in Step]
+
+
 class OperationStore:
     """The operations of one node, claimed for one process.
 
@@ -65,10 +69,16 @@ class OperationStore:
         self._restarts = restarts
         self._stale_ok_s = stale_ok_s
 
-    async def claim(self, limit: int) -> list[Operation]:
-        """Takes up to `limit` operations that nobody works on, the longest waiting first."""
+    async def claim(self, limit: int, running: Collection[UUID]) -> list[Operation]:
+        """Takes up to `limit` operations that nobody works on, the longest waiting first.
+
+        Args:
+            running: those that run in this process still, with or without a lease: not again, and
+                neither those of a kind or at a step that this version does not know.
+        """
+        values = {**self._claimant, "limit": limit, "running": list(running), "kinds": _KINDS, "steps": _STEPS}
         async with self._database.connection() as connection:
-            cursor = await connection.execute(_OPERATIONS["claim_operations"], {**self._claimant, "limit": limit})
+            cursor = await connection.execute(_OPERATIONS["claim_operations"], values)
             return [to_operation(row) for row in await cursor.fetchall()]
 
     async def renew(self, operation_ids: Collection[UUID]) -> dict[UUID, bool]:
@@ -110,6 +120,15 @@ class OperationStore:
         async with self._database.connection() as connection:
             await connection.execute(_ENGINES["mark_busy"], {"engine_id": engine_id, "reason": reason})
 
+    async def clock(self) -> datetime:
+        """What time it is, on the one clock that decides."""
+        async with self._database.connection() as connection:
+            cursor = await connection.execute("SELECT clock_timestamp() AS at")
+            row = await cursor.fetchone()
+            assert row is not None
+            at: datetime = row["at"]
+            return at
+
     async def all_flushed(self, since: datetime) -> bool:
         """Whether every Admission has told of all that it admitted before this moment."""
         async with self._database.connection() as connection:
@@ -133,6 +152,7 @@ class OperationStore:
     async def set_pending_key(self, operation: Operation, encrypted_key: bytes) -> None:
         """Writes the key that the engine is to be given, unless one is written already."""
         async with self._database.transaction() as tx:
+            await tx.execute(_ENGINES["lock_engine"], {"engine_id": operation.engine_id})
             await self._hold(tx, operation)
             values = {"engine_id": operation.engine_id, "pending_key": encrypted_key}
             await tx.execute(_ENGINES["set_pending_key"], values)
@@ -140,6 +160,7 @@ class OperationStore:
     async def recreate_with_pending_key(self, operation: Operation) -> None:
         """Commits the pending key for an instance that is yet to be made; until then the engine boots."""
         async with self._database.transaction() as tx:
+            await tx.execute(_ENGINES["lock_engine"], {"engine_id": operation.engine_id})
             await self._hold(tx, operation)
             values = {"engine_id": operation.engine_id, "status": EngineStatus.PROVISIONING, "reason": None}
             await tx.execute(_ENGINES["commit_pending_key"], values)
@@ -182,6 +203,7 @@ class OperationStore:
     async def swap_port(self, operation: Operation, engine: Engine) -> bool:
         """Sets the engine's port aside and leases another; False if none is left."""
         async with self._database.transaction() as tx:
+            await tx.execute(_ENGINES["lock_engine"], {"engine_id": operation.engine_id})
             await self._hold(tx, operation)
             await tx.execute(_ENGINES["release_port"], {"engine_id": engine.engine_id})
             if engine.port is not None:
@@ -203,6 +225,8 @@ class OperationStore:
         """
         transition = TRANSITIONS[operation.kind]
         after = transition.success if outcome is Outcome.SUCCEEDED else transition.failure
+        # What gave way has made something, which only the destroy that follows takes away.
+        gone = after is None and outcome is not Outcome.CANCELLED
         async with self._database.transaction() as tx:
             await tx.execute(_ENGINES["lock_engine"], {"engine_id": operation.engine_id})
             canceller = await self._hold(tx, operation)
@@ -210,10 +234,10 @@ class OperationStore:
             row = await cursor.fetchone()
             to_be_destroyed = row is not None and row["status"] == EngineStatus.DESTROYING
             given_up = False
-            if after is None:
+            if gone:
                 await tx.execute(_ENGINES["release_port"], {"engine_id": operation.engine_id})
                 await tx.execute(_ENGINES["delete_engine"], {"engine_id": operation.engine_id})
-            elif to_be_destroyed:
+            elif to_be_destroyed or after is None:
                 outcome, failure = Outcome.CANCELLED, None
             else:
                 given_up = await self._settle_engine(tx, operation, after, outcome, failure)
@@ -226,7 +250,7 @@ class OperationStore:
             )
             if given_up:
                 await tx.execute(_OPERATIONS["insert_gave_up_event"], {"operation_id": operation.operation_id})
-            if to_be_destroyed and after is not None and canceller is not None:
+            if to_be_destroyed and not gone and canceller is not None:
                 await insert_operation(tx, operation.engine_id, OperationKind.DESTROY, canceller)
         return to_settled(settled)
 

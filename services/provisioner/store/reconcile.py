@@ -21,10 +21,16 @@ class ReconcileStore:
         self._database = database
         self._node = node
 
-    async def registered(self) -> list[Registered]:
-        """Every engine of the node."""
+    async def registered(self, listed: Collection[UUID]) -> list[Registered]:
+        """The node's engines that have an instance or should have one.
+
+        Args:
+            listed: those that have one.
+        """
         async with self._database.connection() as connection:
-            cursor = await connection.execute(_RECONCILE["registered_engines"], {"node": self._node})
+            cursor = await connection.execute(
+                _RECONCILE["registered_engines"], {"node": self._node, "listed": list(listed)}
+            )
             return [Registered(**row) for row in await cursor.fetchall()]
 
     async def unknown(self, engine_ids: Collection[UUID]) -> dict[UUID, bool]:

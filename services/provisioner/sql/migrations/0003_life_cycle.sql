@@ -29,6 +29,8 @@ CREATE INDEX engines_product_status ON engines (product_id, status, created_at, 
 CREATE INDEX engines_product_created ON engines (product_id, created_at, engine_id);
 CREATE INDEX engines_created ON engines (created_at, engine_id);
 CREATE INDEX engines_status_created ON engines (status, created_at, engine_id);
+CREATE INDEX engines_awake ON engines (node, status_since) WHERE status = 'running';
+CREATE INDEX engines_light_sleepers ON engines (node, status_since) WHERE status = 'sleeping' AND NOT deep_asleep;
 CREATE INDEX engines_restart ON engines (node, restart_at) WHERE restart_at IS NOT NULL;
 
 CREATE FUNCTION touch_status() RETURNS trigger LANGUAGE plpgsql AS $$
