@@ -171,7 +171,7 @@ async def test_errors_of_grpc_itself_are_told_by_what_they_mean(tmp_path: Path, 
             await provisioner.StopEngine(StopEngineRequest())
     with pytest.raises(ServiceError, match=f"^no answer from {address}") as error:
         async with found.admission() as admission:
-            await admission.GetEngine(GetEngineRequest(user_id="INTERNAL"), timeout=0)
+            await admission.GetEngine(GetEngineRequest(user_id="INTERNAL"), timeout=-1)
     assert error.value.code == "UNAVAILABLE"
 
 

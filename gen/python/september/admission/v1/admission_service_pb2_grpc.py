@@ -61,8 +61,8 @@ class AdmissionServiceServicer:
     def Admit(self, request, context):
         """Admits a user to their engine, creating or waking it if allowed. Idempotent,
         and safe on every user request. Errors: INVALID_REQUEST,
-        INVALID_PLATFORM_KEY, RATE_LIMITED, QUOTA_EXCEEDED, BACKEND_ERROR,
-        PORT_EXHAUSTION, UNAVAILABLE, BOOT_TIMEOUT.
+        INVALID_PLATFORM_KEY, RATE_LIMITED, QUOTA_EXCEEDED, POLICY_DENIED,
+        BACKEND_ERROR, PORT_EXHAUSTION, UNAVAILABLE, BOOT_TIMEOUT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -21,8 +21,8 @@ class AdmissionServiceStub:
     Admit: _aio.UnaryUnaryMultiCallable[_admission_service_pb2.AdmitRequest, _admission_service_pb2.AdmitResponse]
     """Admits a user to their engine, creating or waking it if allowed. Idempotent,
     and safe on every user request. Errors: INVALID_REQUEST,
-    INVALID_PLATFORM_KEY, RATE_LIMITED, QUOTA_EXCEEDED, BACKEND_ERROR,
-    PORT_EXHAUSTION, UNAVAILABLE, BOOT_TIMEOUT.
+    INVALID_PLATFORM_KEY, RATE_LIMITED, QUOTA_EXCEEDED, POLICY_DENIED,
+    BACKEND_ERROR, PORT_EXHAUSTION, UNAVAILABLE, BOOT_TIMEOUT.
     """
     GetEngine: _aio.UnaryUnaryMultiCallable[_admission_service_pb2.GetEngineRequest, _admission_service_pb2.GetEngineResponse]
     """Reads a user's engine as it is, without changing it. Errors:
@@ -44,8 +44,8 @@ class AdmissionServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_admission_service_pb2.AdmitResponse]:
         """Admits a user to their engine, creating or waking it if allowed. Idempotent,
         and safe on every user request. Errors: INVALID_REQUEST,
-        INVALID_PLATFORM_KEY, RATE_LIMITED, QUOTA_EXCEEDED, BACKEND_ERROR,
-        PORT_EXHAUSTION, UNAVAILABLE, BOOT_TIMEOUT.
+        INVALID_PLATFORM_KEY, RATE_LIMITED, QUOTA_EXCEEDED, POLICY_DENIED,
+        BACKEND_ERROR, PORT_EXHAUSTION, UNAVAILABLE, BOOT_TIMEOUT.
         """
 
     @_abc_1.abstractmethod

@@ -135,7 +135,8 @@ class ProvisionerServiceServicer:
     def WakeEngine(self, request, context):
         """Wakes a sleeping engine and waits until it is healthy. Errors: INVALID_REQUEST,
         INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND, ENGINE_ALREADY_RUNNING,
-        ENGINE_NOT_RUNNING (it does not sleep), BACKEND_ERROR, UNAVAILABLE, BOOT_TIMEOUT.
+        ENGINE_NOT_RUNNING (it does not sleep), BACKEND_ERROR, PORT_EXHAUSTION,
+        UNAVAILABLE, BOOT_TIMEOUT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -144,7 +145,7 @@ class ProvisionerServiceServicer:
     def RotateEngineKey(self, request, context):
         """Gives a running engine a new key. The old one goes on working for a minute.
         Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND,
-        ENGINE_NOT_RUNNING, BACKEND_ERROR, UNAVAILABLE, BOOT_TIMEOUT.
+        ENGINE_NOT_RUNNING, BACKEND_ERROR, PORT_EXHAUSTION, UNAVAILABLE, BOOT_TIMEOUT.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

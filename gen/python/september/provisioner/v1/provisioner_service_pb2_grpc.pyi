@@ -45,12 +45,13 @@ class ProvisionerServiceStub:
     WakeEngine: _aio.UnaryUnaryMultiCallable[_provisioner_service_pb2.WakeEngineRequest, _provisioner_service_pb2.WakeEngineResponse]
     """Wakes a sleeping engine and waits until it is healthy. Errors: INVALID_REQUEST,
     INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND, ENGINE_ALREADY_RUNNING,
-    ENGINE_NOT_RUNNING (it does not sleep), BACKEND_ERROR, UNAVAILABLE, BOOT_TIMEOUT.
+    ENGINE_NOT_RUNNING (it does not sleep), BACKEND_ERROR, PORT_EXHAUSTION,
+    UNAVAILABLE, BOOT_TIMEOUT.
     """
     RotateEngineKey: _aio.UnaryUnaryMultiCallable[_provisioner_service_pb2.RotateEngineKeyRequest, _provisioner_service_pb2.RotateEngineKeyResponse]
     """Gives a running engine a new key. The old one goes on working for a minute.
     Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND,
-    ENGINE_NOT_RUNNING, BACKEND_ERROR, UNAVAILABLE, BOOT_TIMEOUT.
+    ENGINE_NOT_RUNNING, BACKEND_ERROR, PORT_EXHAUSTION, UNAVAILABLE, BOOT_TIMEOUT.
     """
     WatchEngine: _aio.UnaryStreamMultiCallable[_provisioner_service_pb2.WatchEngineRequest, _provisioner_service_pb2.WatchEngineResponse]
     """Sends an engine's state and every change of it, the steps of a boot among
@@ -130,7 +131,8 @@ class ProvisionerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_provisioner_service_pb2.WakeEngineResponse]:
         """Wakes a sleeping engine and waits until it is healthy. Errors: INVALID_REQUEST,
         INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND, ENGINE_ALREADY_RUNNING,
-        ENGINE_NOT_RUNNING (it does not sleep), BACKEND_ERROR, UNAVAILABLE, BOOT_TIMEOUT.
+        ENGINE_NOT_RUNNING (it does not sleep), BACKEND_ERROR, PORT_EXHAUSTION,
+        UNAVAILABLE, BOOT_TIMEOUT.
         """
 
     @_abc_1.abstractmethod
@@ -141,7 +143,7 @@ class ProvisionerServiceServicer(metaclass=_abc_1.ABCMeta):
     ) -> _abc.Awaitable[_provisioner_service_pb2.RotateEngineKeyResponse]:
         """Gives a running engine a new key. The old one goes on working for a minute.
         Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, ENGINE_NOT_FOUND,
-        ENGINE_NOT_RUNNING, BACKEND_ERROR, UNAVAILABLE, BOOT_TIMEOUT.
+        ENGINE_NOT_RUNNING, BACKEND_ERROR, PORT_EXHAUSTION, UNAVAILABLE, BOOT_TIMEOUT.
         """
 
     @_abc_1.abstractmethod
