@@ -3,11 +3,13 @@
 Without a daemon the tests are skipped, or fail if `REQUIRE_DOCKER=1` is set.
 """
 
+import gc
 import io
 import json
 import os
 import shutil
 import tarfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn
@@ -39,13 +41,25 @@ class BusyboxImages:
 @pytest.fixture(scope="session")
 def docker_api() -> Iterator[APIClient]:
     """A client of the tests' own."""
-    environment = kwargs_from_env()
-    try:
-        api = APIClient(environment.get("base_url"), tls=environment.get("tls", False), timeout=60)
-    except DockerException as exc:
-        _missing(f"no Docker daemon: {exc}")
+    api = _connect()
+    if isinstance(api, str):
+        _missing(f"no Docker daemon: {api}")
     yield api
     api.close()
+
+
+def _connect() -> APIClient | str:
+    """A client, or why there is none."""
+    environment = kwargs_from_env()
+    with warnings.catch_warnings():
+        # The SDK leaves its socket to the collector when it can't connect.
+        warnings.simplefilter("ignore", ResourceWarning)
+        try:
+            return APIClient(environment.get("base_url"), tls=environment.get("tls", False), timeout=60)
+        except DockerException as exc:
+            reason = str(exc)
+        gc.collect()
+    return reason
 
 
 @pytest.fixture(scope="session")
