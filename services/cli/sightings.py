@@ -31,11 +31,15 @@ async def sightings(connection: Connection, user_id: str) -> AsyncGenerator[Watc
                 stream = provisioner.WatchEngine(
                     WatchEngineRequest(user_id=user_id), metadata=connection.platform_key()
                 )
-                async for sighting in stream:
-                    # The first after a break may be nothing new.
-                    if last is None or _what(sighting) != _what(last):
-                        yield sighting
-                    last = sighting
+                try:
+                    async for sighting in stream:
+                        # The first after a break may be nothing new.
+                        if last is None or _what(sighting) != _what(last):
+                            yield sighting
+                        last = sighting
+                finally:
+                    # A channel that is closed waits for its calls.
+                    stream.cancel()
             return
         except ServiceError as error:
             if last is not None and error.code == "ENGINE_NOT_FOUND":

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import aiohttp
 import grpc
@@ -23,7 +24,8 @@ __all__ = ["docker_api"]
 
 Connect = Callable[..., Clients]
 IMAGE = "september-engine:dev"
-SILENT = "september-test-silent:dev"
+# A name of its own for every run: several may share the daemon.
+SILENT = f"september-test-silent-{uuid4().hex[:12]}:dev"
 LABEL = "september.installation"
 
 

@@ -33,11 +33,18 @@ def test_migrates_the_given_database(install: Install, database_url: str) -> Non
     assert not installation.var.exists()
 
 
-@pytest.mark.parametrize("url", ["postgresql://127.0.0.1:1/none", "postgresql:///none?host=/nowhere", "no url"])
-def test_a_database_that_can_not_be_had_is_one_line_and_exit_code_1(install: Install, url: str) -> None:
+@pytest.mark.parametrize(
+    ("url", "named"),
+    [
+        ("postgresql://127.0.0.1:1/none", "september: "),
+        ("postgresql:///none?host=/nowhere", "september: "),
+        ("no url", "ORCH_DATABASE_URL: "),
+    ],
+)
+def test_a_database_that_can_not_be_had_is_one_line_and_exit_code_1(install: Install, url: str, named: str) -> None:
     refused = install(ORCH_DATABASE_URL=url).run("db", "migrate")
     assert refused.returncode == 1
-    assert refused.stderr.startswith("september: ")
+    assert refused.stderr.startswith(named)
     assert len(refused.stderr.splitlines()) == 1
 
 
