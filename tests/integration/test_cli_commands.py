@@ -77,9 +77,12 @@ class September:
 
     @contextmanager
     def running(self, *arguments: str) -> "Iterator[subprocess.Popen[str]]":
-        """A command that does not end by itself, or not soon."""
+        """A command that does not end by itself, or not soon.
+
+        It hears Ctrl-C though the tests themselves may run in the background, where that is ignored.
+        """
         with subprocess.Popen(
-            [*COMMAND, *arguments],
+            ["env", "--default-signal=INT", *COMMAND, *arguments],
             cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         ) as process:  # fmt: skip
