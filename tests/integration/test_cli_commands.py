@@ -362,6 +362,7 @@ def test_the_fleet_is_the_products_own_or_all_of_it(operator: September) -> None
     shown = product("fleet", "status").record
     assert shown["total"] == "1"
     assert shown["by_status"].endswith("running 0, sleeping 0, stopped 1")
+    register(operator).json("engine", "provision", "bob")
     assert operator.with_(**product.environment).json("fleet", "status")["total"] > 1
     metrics = product.json("fleet", "metrics")
     assert (metrics["provisions_1h"], metrics["total_provisions"], metrics["total_destroys"]) == (1, 1, 0)
