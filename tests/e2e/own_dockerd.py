@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 from docker import APIClient
+from docker.types import IPAMConfig, IPAMPool
 
 from tests.harness import eventually
 
@@ -25,11 +26,25 @@ class OwnDockerd:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.address = f"unix://{directory}/socket"
-        # Told to have no bridge, a daemon would remove the machine's.
-        self.bridge = f"own-{secrets.token_hex(4)}"
-        subprocess.run(["ip", "link", "add", self.bridge, "type", "bridge"], check=True)
-        subprocess.run(["ip", "address", "add", "10.212.0.1/24", "dev", self.bridge], check=True)
+        self.network = f"own-{secrets.token_hex(4)}"
+        # Told to have no bridge, or where to take addresses from, a daemon removes the machine's bridge.
+        self.bridges = [f"{self.network}-0", f"{self.network}-1"]
+
+    def open(self) -> None:
+        """Starts it, and makes a network for engines."""
+        default, engines = self.bridges
+        subnet = f"10.213.{secrets.randbelow(256)}"
+        subprocess.run(["ip", "link", "add", default, "type", "bridge"], check=True)
+        subprocess.run(["ip", "address", "add", f"{subnet}.1/25", "dev", default], check=True)
         self.start()
+        api = self.client()
+        api.create_network(
+            self.network,
+            driver="bridge",
+            options={"com.docker.network.bridge.name": engines},
+            ipam=IPAMConfig(pool_configs=[IPAMPool(f"{subnet}.128/25")]),
+        )
+        api.close()
 
     def start(self) -> None:
         """Starts it; returns once it answers."""
@@ -38,10 +53,9 @@ class OwnDockerd:
             "exec-root": self.directory / "exec",
             "pidfile": self.directory / "pid",
             "host": self.address,
-            "bridge": self.bridge,
+            "bridge": self.bridges[0],
             "iptables": "false",
             "ip-masq": "false",
-            "default-address-pool": "base=10.213.0.0/16,size=24",
         }
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -87,19 +101,29 @@ class OwnDockerd:
             witness.kill()
 
     def close(self) -> None:
-        self.process.terminate()
-        self.process.wait(60)
-        # Killed daemons have left theirs behind.
-        mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
-        for mount in reversed([mount for mount in mounts if mount.startswith(str(self.directory))]):
-            subprocess.run(["umount", "--lazy", mount], check=True)
-        subprocess.run(["ip", "link", "delete", self.bridge], check=True)
+        """Ends it with all that it runs, and takes back what the kernel holds for it and for killed ones."""
+        try:
+            if self.process.poll() is not None:
+                self.start()  # Nobody else can end its containers.
+            api = self.client()
+            for container in api.containers(all=True):
+                api.remove_container(container["Id"], force=True)
+            api.close()
+        finally:
+            self.process.terminate()
+            self.process.wait(60)
+            mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+            for mount in reversed([mount for mount in mounts if mount.startswith(f"{self.directory}/")]):
+                subprocess.run(["umount", "--lazy", mount], check=True)
+            for bridge in self.bridges:
+                subprocess.run(["ip", "link", "delete", bridge], check=False, capture_output=True)
 
 
 @contextmanager
 def own_dockerd() -> Iterator[OwnDockerd]:
     directory = Path(tempfile.mkdtemp(prefix="own-dockerd-"))
     dockerd = OwnDockerd(directory)
+    dockerd.open()
     try:
         yield dockerd
     finally:

@@ -2,11 +2,10 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import UUID, uuid4
+from uuid import UUID
 
 import pytest
 from docker import APIClient
@@ -42,7 +41,7 @@ def platform(database_url: str, tmp_path: Path, dockerd: OwnDockerd) -> Iterator
         DOCKER_HOST=dockerd.address,
         ORCH_ENGINE_BACKEND="docker",
         ORCH_ENGINE_IMAGE=IMAGE,
-        ORCH_ENGINE_NETWORK=f"engines-{uuid4().hex[:8]}",
+        ORCH_ENGINE_NETWORK=dockerd.network,
         ORCH_PORT_MIN="27000",
         ORCH_PORT_MAX="27999",
         ORCH_HEALTH_CHECK_INTERVAL_S="1",
@@ -54,9 +53,6 @@ def platform(database_url: str, tmp_path: Path, dockerd: OwnDockerd) -> Iterator
         yield platform
     finally:
         platform.close()
-        with suppress(Exception):
-            platform.remove_all()
-            platform.api.remove_network(platform.environment["ORCH_ENGINE_NETWORK"])
         platform.api.close()
 
 

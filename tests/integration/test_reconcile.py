@@ -375,10 +375,11 @@ async def test_of_several_provisioners_one_reconciles(platform: Platform, connec
     await backend.create(spec)
     await backend.start(spec)
     await backend.close()
-    await asyncio.to_thread(
-        eventually, lambda: process_of(platform, str(spec.engine_id)) is None, "the stray is removed"
-    )
-    removals = [
-        event for provisioner in provisioners for event in provisioner.events() if event["event"] == "stray_removed"
-    ]
-    assert [event["engine_id"] for event in removals] == [str(spec.engine_id)]
+
+    def removals() -> list[str]:
+        events = [event for provisioner in provisioners for event in provisioner.events()]
+        return [event["engine_id"] for event in events if event["event"] == "stray_removed"]
+
+    await asyncio.to_thread(eventually, removals, "the stray is removed")
+    assert removals() == [str(spec.engine_id)]
+    assert process_of(platform, str(spec.engine_id)) is None
