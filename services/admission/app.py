@@ -7,13 +7,13 @@ from uuid import uuid4
 
 import structlog
 
-from september.admission.v1 import admission_service_pb2_grpc
 from services.admission.activity import ActivityLog
 from services.admission.admit import Admission
+from services.admission.calls import AdmissionCalls
 from services.admission.provisioner_client import ProvisionerClient
 from services.admission.ratelimit import SqlLimiter
 from services.admission.registry_sql import SqlRegistry
-from services.admission.servicer import AdmissionServicer
+from services.admission.servicer import handlers
 from services.admission.settings import AdmissionSettings
 from services.shared import embedded_postgres
 from services.shared.grpc_server import GrpcServer
@@ -29,11 +29,21 @@ _GRACE_S = 10.0
 
 @asynccontextmanager
 async def serve(settings: AdmissionSettings) -> AsyncIterator[int]:
-    """Serves from entry to exit; gives the port."""
-    async with AsyncExitStack() as stack:
-        server = GrpcServer(settings.admission_listen)
-        port = server.bind()
+    """Serves over `grpc.aio` from entry to exit; gives the port."""
+    server = GrpcServer(settings.admission_listen)
+    port = server.bind()
+    async with core(settings) as calls, AsyncExitStack() as stack:
+        server.server.add_generic_rpc_handlers((handlers(calls),))
+        await server.start()
+        stack.push_async_callback(server.stop, _GRACE_S)
+        log.info("serving", port=port)
+        yield port
 
+
+@asynccontextmanager
+async def core(settings: AdmissionSettings) -> AsyncIterator[AdmissionCalls]:
+    """All that decides, open from entry to exit, without a host that brings it calls."""
+    async with AsyncExitStack() as stack:
         url = settings.database_url
         if url is None:
             url = await asyncio.to_thread(embedded_postgres.start, settings.var_dir / "postgres")
@@ -48,11 +58,5 @@ async def serve(settings: AdmissionSettings) -> AsyncIterator[int]:
         await activity.open()
         stack.push_async_callback(activity.close)
         registry = SqlRegistry(database, EngineKeyring(settings.master_keys()))
-        admission = Admission(registry, SqlLimiter(database), provisioner, activity)
         await stack.enter_async_context(background(supervise(activity=activity.run())))
-
-        admission_service_pb2_grpc.add_AdmissionServiceServicer_to_server(AdmissionServicer(admission), server.server)
-        await server.start()
-        stack.push_async_callback(server.stop, _GRACE_S)
-        log.info("serving", port=port)
-        yield port
+        yield AdmissionCalls(Admission(registry, SqlLimiter(database), provisioner, activity))

@@ -34,9 +34,12 @@ class Product:
     max_keep_awake_s: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Engine:
-    """An engine; `booting` if an operation that ends with it running is under way."""
+    """An engine as the registry had it; `booting` if an operation that ends with it running is under way.
+
+    `answer` is left to whoever tells callers of it, so that this is encoded once.
+    """
 
     engine_id: UUID
     user_id: str
@@ -47,6 +50,7 @@ class Engine:
     created_at: datetime
     last_health_at: datetime | None
     booting: bool = False
+    answer: bytes | None = field(default=None, init=False, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)

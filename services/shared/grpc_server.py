@@ -109,6 +109,8 @@ def guarded(handler: Any, guard: Callable[[Context], Awaitable[None]]) -> "Handl
 
 
 def _parsed(parse: Any, request: bytes) -> Any:
+    if parse is None:
+        return request
     try:
         return parse(request)
     except DecodeError as error:
