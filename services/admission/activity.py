@@ -1,16 +1,16 @@
 """What Admission knows of use: who was admitted, how long engines are to stay awake, who was denied.
 
 Collected in memory and flushed in bulk. Whoever puts an engine to sleep rests on one promise: once
-this replica's `flushed_at` lies after a moment, everything that it admitted before that moment is
-in the registry.
+this replica's `flushed_at` lies after a moment, everything is in the registry that it admitted
+without knowing what was committed before that moment.
 """
 
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.resources import files
 from typing import Protocol
 from uuid import UUID
@@ -28,10 +28,6 @@ _INTERVAL_S = 1.0
 
 
 class Activity(Protocol):
-    @contextmanager
-    def deciding(self) -> Iterator[None]:
-        """Encloses the time from before a look at an engine until what came of it is noted."""
-
     def admitted(self, engine_id: UUID, keep_awake_s: float) -> None:
         """Notes that an engine was handed out, and is to stay awake for `keep_awake_s` seconds."""
 
@@ -51,23 +47,16 @@ class ActivityLog:
     """Args:
     database: the registry.
     replica_id: random per start of a process.
+    known_at: moment on the registry's clock of which this replica knows all changes; what it
+        admits to from then on rests on what the registry held at that moment or later.
     """
 
-    def __init__(self, database: Database, replica_id: UUID) -> None:
+    def __init__(self, database: Database, replica_id: UUID, known_at: Callable[[], datetime]) -> None:
         self._database = database
+        self._known_at = known_at
         self._replica = {"replica_id": replica_id}
         self._uses: dict[UUID, _Use] = {}
         self._denials: Counter[tuple[UUID, str]] = Counter()
-        self._deciding: dict[object, float] = {}
-
-    @contextmanager
-    def deciding(self) -> Iterator[None]:
-        call = object()
-        self._deciding[call] = time.monotonic()
-        try:
-            yield
-        finally:
-            del self._deciding[call]
 
     def admitted(self, engine_id: UUID, keep_awake_s: float) -> None:
         now = time.monotonic()
@@ -108,17 +97,11 @@ class ActivityLog:
         Raises:
             Unavailable: nothing is lost, the next flush has it.
         """
-        async with self._database.connection() as connection:
-            cursor = await connection.execute(_SQL["clock"])
-            clock = await cursor.fetchone()
-        assert clock is not None
-        now = time.monotonic()
-        # Decisions that are under way are not in this flush, and may rest on a look from before it.
-        undecided_s = max((now - begun for begun in self._deciding.values()), default=0.0)
+        known_at = self._known_at()
         uses, self._uses = self._uses, {}
         denials, self._denials = self._denials, Counter()
         try:
-            await self._write(uses, denials, {"at": clock["at"], "undecided_s": undecided_s})
+            await self._write(uses, denials, known_at)
         except BaseException:
             self._denials.update(denials)
             for engine_id, use in uses.items():
@@ -126,9 +109,7 @@ class ActivityLog:
                 later.awake_until = max(later.awake_until, use.awake_until)
             raise
 
-    async def _write(
-        self, uses: dict[UUID, _Use], denials: Counter[tuple[UUID, str]], flushed: dict[str, object]
-    ) -> None:
+    async def _write(self, uses: dict[UUID, _Use], denials: Counter[tuple[UUID, str]], flushed_at: datetime) -> None:
         now = time.monotonic()
         async with self._database.transaction() as tx:
             if uses:
@@ -145,4 +126,4 @@ class ActivityLog:
                     "counts": list(denials.values()),
                 }
                 await tx.execute(_SQL["note_denials"], values)
-            await tx.execute(_SQL["note_flush"], {**self._replica, **flushed})
+            await tx.execute(_SQL["note_flush"], {**self._replica, "flushed_at": flushed_at})

@@ -85,39 +85,28 @@ class Admission:
         keep_awake_s = min(keep_awake_s, product.max_keep_awake_s)
         try:
             await self._limiter.take(product)
-            decision = await self._known(product, user_id, keep_awake_s, auto_provision, auto_wake)
-            if decision is None:
+            engine = await self._registry.engine(product.product_id, user_id)
+            if engine is not None and engine.status is EngineStatus.RUNNING:
+                # Nothing has run since the look: whoever announces a sleep finds either the note, or
+                # that this replica knew of the announcement.
+                self._activity.admitted(engine.engine_id, keep_awake_s)
+                return Admitted(engine)
+            reason = _denial(engine, auto_provision=auto_provision, auto_wake=auto_wake)
+            if reason is None:
                 answer = await self._provisioner.ensure(
                     platform_keys[0], user_id, auto_provision=auto_provision, auto_wake=auto_wake, timeout_s=timeout_s
                 )
+                self._registry.forget_engine(product.product_id, user_id)
                 if isinstance(answer, Engine):
                     self._activity.admitted(answer.engine_id, keep_awake_s)
-                    decision = Admitted(answer)
-                else:
-                    decision = Denied(answer)
+                    return Admitted(answer)
+                reason = answer
         except ServiceError as error:
             if error.code in _DENIALS:
                 self._activity.denied(product.product_id, error.code)
             raise
-        if isinstance(decision, Denied):
-            self._activity.denied(product.product_id, decision.reason)
-        return decision
-
-    async def _known(
-        self, product: Product, user_id: str, keep_awake_s: int, auto_provision: bool, auto_wake: bool
-    ) -> Decision | None:
-        """What the registry alone decides; None if the Provisioner is to be asked.
-
-        No sleep comes between the look and the note: whoever wants the engine to sleep waits for
-        the decisions that are under way.
-        """
-        with self._activity.deciding():
-            engine = await self._registry.engine(product.product_id, user_id)
-            if engine is not None and engine.status is EngineStatus.RUNNING:
-                self._activity.admitted(engine.engine_id, keep_awake_s)
-                return Admitted(engine)
-        denial = _denial(engine, auto_provision=auto_provision, auto_wake=auto_wake)
-        return None if denial is None else Denied(denial)
+        self._activity.denied(product.product_id, reason)
+        return Denied(reason)
 
     async def engine(self, platform_keys: Sequence[str], user_id: str) -> Engine:
         """A user's engine as it is.
@@ -127,7 +116,7 @@ class Admission:
         """
         product = await self._authenticate(platform_keys)
         check_user_id(user_id)
-        engine = await self._registry.engine(product.product_id, user_id)
+        engine = await self._registry.engine_now(product.product_id, user_id)
         if engine is None:
             raise EngineNotFound
         return engine

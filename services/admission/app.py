@@ -12,6 +12,7 @@ from services.admission.admit import Admission
 from services.admission.calls import AdmissionCalls
 from services.admission.provisioner_client import ProvisionerClient
 from services.admission.ratelimit import SqlLimiter
+from services.admission.read_model import ReadModel
 from services.admission.registry_sql import SqlRegistry
 from services.admission.servicer import handlers
 from services.admission.settings import AdmissionSettings
@@ -54,9 +55,20 @@ async def core(settings: AdmissionSettings) -> AsyncIterator[AdmissionCalls]:
         await provisioner.open()
         stack.push_async_callback(provisioner.close)
 
-        activity = ActivityLog(database, uuid4())
+        registry = ReadModel(
+            SqlRegistry(database, EngineKeyring(settings.master_keys())), stale_ok_s=settings.stale_ok_s
+        )
+        await registry.tick()
+        activity = ActivityLog(database, uuid4(), lambda: registry.known_at)
         await activity.open()
         stack.push_async_callback(activity.close)
-        registry = SqlRegistry(database, EngineKeyring(settings.master_keys()))
-        await stack.enter_async_context(background(supervise(activity=activity.run())))
+        await stack.enter_async_context(
+            background(
+                supervise(
+                    registry=registry.run(),
+                    listener=database.listen("changes", registry.hear),
+                    activity=activity.run(),
+                )
+            )
+        )
         yield AdmissionCalls(Admission(registry, SqlLimiter(database), provisioner, activity))

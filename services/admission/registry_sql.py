@@ -1,11 +1,13 @@
-"""The registry, read from PostgreSQL at every call."""
+"""The registry in PostgreSQL."""
 
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from uuid import UUID
+from typing import Any
 
 from services.admission.domain import Engine, EngineStatus, Product
+from services.admission.registry import Changes, EngineKey, PlatformKey
 from services.shared import queries
-from services.shared.keys import EngineKeyring
+from services.shared.keys import EngineKeyring, UnreadableKey
 from services.shared.postgres import Database
 
 SQL = queries.load(files("services.admission") / "sql" / "registry.sql")
@@ -16,24 +18,51 @@ class SqlRegistry:
         self._database = database
         self._keyring = keyring
 
-    async def product_by_key(self, key_hash: bytes) -> Product | None:
+    async def platform_keys(self, key_hashes: Sequence[bytes]) -> Mapping[bytes, PlatformKey]:
         async with self._database.connection() as connection:
-            cursor = await connection.execute(SQL["product_by_key"], {"key_hash": key_hash})
-            row = await cursor.fetchone()
-        return None if row is None else Product(row["product_id"], row["rate_limit_rpm"], row["max_keep_awake_s"])
+            cursor = await connection.execute(SQL["platform_keys"], {"key_hashes": list(key_hashes)})
+            rows = await cursor.fetchall()
+        return {
+            row["key_hash"]: PlatformKey(
+                Product(row["product_id"], row["rate_limit_rpm"], row["max_keep_awake_s"]), row["seconds_left"]
+            )
+            for row in rows
+        }
 
-    async def engine(self, product_id: UUID, user_id: str) -> Engine | None:
+    async def engines(self, keys: Sequence[EngineKey]) -> Mapping[EngineKey, Engine | Exception]:
+        values = {
+            "product_ids": [product_id for product_id, _ in keys],
+            "user_ids": [user_id for _, user_id in keys],
+        }
         async with self._database.connection() as connection:
-            cursor = await connection.execute(SQL["engine"], {"product_id": product_id, "user_id": user_id})
-            row = await cursor.fetchone()
-        if row is None:
-            return None
+            cursor = await connection.execute(SQL["engines"], values)
+            rows = await cursor.fetchall()
+        return {(row["product_id"], row["user_id"]): self._to_engine(row) for row in rows}
+
+    async def changes(self, since: str | None) -> Changes:
+        async with self._database.connection() as connection:
+            # First: what was committed before this moment is in the snapshot of the second.
+            cursor = await connection.execute(SQL["clock"])
+            clock = await cursor.fetchone()
+            cursor = await connection.execute(SQL["changes"], {"since": since})
+            rows = await cursor.fetchall()
+        assert clock is not None
+        changed = {
+            row["change_id"]: (row["product_id"], row["user_id"]) for row in rows if row["change_id"] is not None
+        }
+        return Changes(clock["at"], rows[0]["next"], changed)
+
+    def _to_engine(self, row: dict[str, Any]) -> Engine | UnreadableKey:
+        try:
+            api_key = self._keyring.decrypt(row["engine_id"], row["encrypted_key"])
+        except UnreadableKey as error:
+            return error
         return Engine(
             engine_id=row["engine_id"],
             user_id=row["user_id"],
             status=EngineStatus(row["status"]),
             url=row["url"],
-            api_key=self._keyring.decrypt(row["engine_id"], row["encrypted_key"]),
+            api_key=api_key,
             engine_version=row["image"],
             created_at=row["created_at"],
             last_health_at=row["last_health_at"],

@@ -165,7 +165,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         changes = Broadcast()
         watching = Watching(intents, changes)
 
-        def wake() -> None:
+        def wake(_: str) -> None:
             worker.wake()
             watch.wake()
             changes.give()
@@ -178,7 +178,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
                     worker=worker.run(),
                     watch=watch.run(),
                     listener=database.listen("operations", wake),
-                    steps_listener=database.listen("steps", changes.give),
+                    steps_listener=database.listen("steps", lambda _: changes.give()),
                     sleeper=sleeper.run(),
                     health=health.run(),
                     restarter=restarter.run(),

@@ -89,8 +89,10 @@ class Database:
         async with self.connection() as connection, connection.transaction():
             yield connection
 
-    async def listen(self, channel: str, heard: Callable[[], None]) -> None:
-        """Calls `heard` at every NOTIFY on `channel` and after every (re)connect; runs until cancelled.
+    async def listen(self, channel: str, heard: Callable[[str], None]) -> None:
+        """Calls `heard` with every payload of a NOTIFY on `channel`, and with `""` after every (re)connect.
+
+        Runs until cancelled.
 
         A notification is a hint: some are lost when the connection is, so whoever is woken by it
         polls as well. The connection is its own, since LISTEN does not survive a pooler.
@@ -101,9 +103,9 @@ class Database:
                     self._url, autocommit=True, **self._parameters
                 ) as connection:
                     await connection.execute(psycopg.sql.SQL("LISTEN {}").format(psycopg.sql.Identifier(channel)))
-                    heard()
-                    async for _ in connection.notifies():
-                        heard()
+                    heard("")
+                    async for notification in connection.notifies():
+                        heard(notification.payload)
             log.warning("listener_disconnected", channel=channel)
             await asyncio.sleep(1)
 

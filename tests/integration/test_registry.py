@@ -57,7 +57,7 @@ async def test_a_lost_connection_is_replaced(database_url: str) -> None:
 async def test_a_listener_hears_and_reconnects(database_url: str) -> None:
     database = Database(database_url, application_name="test")
     heard = asyncio.Event()
-    listener = asyncio.create_task(database.listen("news", heard.set))
+    listener = asyncio.create_task(database.listen("news", lambda _: heard.set()))
 
     async def hears() -> None:
         async with asyncio.timeout(10):

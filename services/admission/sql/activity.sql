@@ -1,6 +1,3 @@
--- name: clock
-SELECT clock_timestamp() AS at
-
 -- name: note_uses
 -- In the order of ids, so that two replicas never wait for each other in a circle. An engine that
 -- is gone is forgotten.
@@ -28,7 +25,7 @@ ON CONFLICT (minute, product_id, reason) DO UPDATE SET denials = admit_denials.d
 
 -- name: note_flush
 INSERT INTO admission_replicas (replica_id, flushed_at)
-VALUES (%(replica_id)s, %(at)s - make_interval(secs => %(undecided_s)s))
+VALUES (%(replica_id)s, %(flushed_at)s)
 ON CONFLICT (replica_id) DO UPDATE SET flushed_at = excluded.flushed_at
 
 -- name: forget_replica
