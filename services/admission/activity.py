@@ -83,6 +83,17 @@ class ActivityLog:
         except Unavailable:
             log.warning("activity_lost", engines=len(self._uses))
 
+    async def bury(self, replica_id: UUID) -> None:
+        """Another replica is known to have died: sleep waits for it no more.
+
+        Nobody knows whom it admitted last, so engines have to be idle for long from now on.
+
+        Raises:
+            Unavailable.
+        """
+        async with self._database.connection() as connection:
+            await connection.execute(_SQL["bury_replica"], {"replica_id": replica_id})
+
     async def run(self) -> None:
         while True:
             await asyncio.sleep(_INTERVAL_S)

@@ -1,12 +1,14 @@
 """Admission, wired: reads top to bottom, and alone knows the concrete classes."""
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from uuid import uuid4
 
 import structlog
 
+from services.admission import replica
 from services.admission.activity import ActivityLog
 from services.admission.admit import Admission
 from services.admission.calls import AdmissionCalls
@@ -16,6 +18,7 @@ from services.admission.read_model import ReadModel
 from services.admission.registry_sql import SqlRegistry
 from services.admission.servicer import handlers
 from services.admission.settings import AdmissionSettings
+from services.admission.workers import serve_by_workers
 from services.shared import embedded_postgres
 from services.shared.grpc_server import GrpcServer
 from services.shared.keys import EngineKeyring
@@ -30,14 +33,30 @@ _GRACE_S = 10.0
 
 @asynccontextmanager
 async def serve(settings: AdmissionSettings) -> AsyncIterator[int]:
-    """Serves over `grpc.aio` from entry to exit; gives the port."""
-    server = GrpcServer(settings.admission_listen)
+    """Serves over `grpc.aio` from entry to exit, by as many processes as told; gives the port."""
+    served = serve_by_workers(settings) if settings.admission_workers > 1 else _serve(settings, share_port=False)
+    async with served as port:
+        yield port
+
+
+@asynccontextmanager
+async def serve_as_worker(settings: AdmissionSettings) -> AsyncIterator[int]:
+    """Serves as one of several processes on the same port; says so on standard output."""
+    async with _serve(settings, share_port=True) as port:
+        sys.stdout.write("serving\n")
+        sys.stdout.flush()
+        yield port
+
+
+@asynccontextmanager
+async def _serve(settings: AdmissionSettings, *, share_port: bool) -> AsyncIterator[int]:
+    server = GrpcServer(settings.admission_listen, share_port=share_port)
     port = server.bind()
     async with core(settings) as calls, AsyncExitStack() as stack:
         server.server.add_generic_rpc_handlers((handlers(calls),))
         await server.start()
         stack.push_async_callback(server.stop, _GRACE_S)
-        log.info("serving", port=port)
+        log.info("worker_serving" if share_port else "serving", port=port)
         yield port
 
 
@@ -59,7 +78,12 @@ async def core(settings: AdmissionSettings) -> AsyncIterator[AdmissionCalls]:
             SqlRegistry(database, EngineKeyring(settings.master_keys())), stale_ok_s=settings.stale_ok_s
         )
         await registry.tick()
-        activity = ActivityLog(database, uuid4(), lambda: registry.known_at)
+        replica_id, replicas = uuid4(), settings.var_dir / "admission"
+        stack.enter_context(replica.alive(replicas, replica_id))
+        activity = ActivityLog(database, replica_id, lambda: registry.known_at)
+        for dead in replica.dead(replicas):
+            await activity.bury(dead)
+            replica.forget(replicas, dead)
         await activity.open()
         stack.push_async_callback(activity.close)
         await stack.enter_async_context(

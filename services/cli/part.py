@@ -25,7 +25,7 @@ class Part:
         """Runs `command`, its output into `log`; it ends with this process. Call it from the main thread."""
         with log.open("ab") as output:
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "services.cli.child", str(os.getpid()), *command,
+                sys.executable, "-m", "services.shared.child", str(os.getpid()), *command,
                 env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
             )  # fmt: skip
         return cls(name, log, process)

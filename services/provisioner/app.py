@@ -34,6 +34,7 @@ from services.provisioner.servicers.provisioner import ProvisionerServicer
 from services.provisioner.settings import BackendKind, ProvisionerSettings, UrlMode
 from services.provisioner.sleep import FallAsleep
 from services.provisioner.store.audit import AuditStore
+from services.provisioner.store.feed import FeedStore
 from services.provisioner.store.fleet import FleetStore
 from services.provisioner.store.health import HealthStore
 from services.provisioner.store.installation import installation_id
@@ -159,6 +160,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
             LoopLease(database, "housekeeping", owner),
             audit,
             fleet,
+            FeedStore(database),
             audit_retention_days=settings.audit_retention_days,
         )
 

@@ -26,8 +26,6 @@ log = structlog.get_logger(__name__)
 
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 _OPTIONS = (
-    # A second process on the same port must fail, not take part of the traffic.
-    ("grpc.so_reuseport", 0),
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
     # As often as our own clients and the gateway ping, or they would be told to go away.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
@@ -164,12 +162,17 @@ class GrpcServer:
     Args:
         address: `host:port`; port 0 takes a free one.
         interceptors: run after the one that answers errors.
+        share_port: with processes that do the same; otherwise a second one on the port fails, and
+            does not take part of the traffic.
     """
 
-    def __init__(self, address: str, interceptors: Sequence[grpc.aio.ServerInterceptor] = ()) -> None:
+    def __init__(
+        self, address: str, interceptors: Sequence[grpc.aio.ServerInterceptor] = (), *, share_port: bool = False
+    ) -> None:
         self._address = address
+        options = (*_OPTIONS, ("grpc.so_reuseport", int(share_port)))
         self._health = health.aio.HealthServicer()
-        self.server = grpc.aio.server(interceptors=[StatusInterceptor(), *interceptors], options=_OPTIONS)
+        self.server = grpc.aio.server(interceptors=[StatusInterceptor(), *interceptors], options=options)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
 
     def bind(self) -> int:

@@ -11,6 +11,7 @@ import pytest
 
 from services.provisioner.loops.housekeeping import Housekeeping
 from services.provisioner.store.audit import AuditStore
+from services.provisioner.store.feed import FeedStore
 from services.provisioner.store.fleet import FleetStore
 from services.provisioner.store.loop_leases import LoopLease
 from services.provisioner.store.migrations import migrate
@@ -69,6 +70,7 @@ def housekeeping(database: Database, owner: UUID | None = None, *, days: int = 4
         LoopLease(database, "housekeeping", owner or uuid4()),
         AuditStore(database),
         FleetStore(database),
+        FeedStore(database),
         audit_retention_days=days,
     )
 

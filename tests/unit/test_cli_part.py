@@ -85,6 +85,6 @@ def test_nothing_is_run_for_a_parent_that_has_already_ended(tmp_path: Path) -> N
     with subprocess.Popen([sys.executable, "-c", ""]) as gone:
         pass
     marker = tmp_path / "run"
-    child = subprocess.run([sys.executable, "-m", "services.cli.child", str(gone.pid), "touch", marker], check=False)
+    child = subprocess.run([sys.executable, "-m", "services.shared.child", str(gone.pid), "touch", marker], check=False)
     assert child.returncode == 1
     assert not marker.exists()

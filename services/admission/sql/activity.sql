@@ -31,3 +31,6 @@ ON CONFLICT (replica_id) DO UPDATE SET flushed_at = excluded.flushed_at
 -- name: forget_replica
 DELETE FROM admission_replicas
 WHERE replica_id = %(replica_id)s OR flushed_at < clock_timestamp() - interval '1 day'
+
+-- name: bury_replica
+UPDATE admission_replicas SET died_at = clock_timestamp() WHERE replica_id = %(replica_id)s AND died_at IS NULL

@@ -1,4 +1,4 @@
-"""Keeps the registry's own house: the audit log's months, its denials, and the fleet's counts.
+"""Keeps the registry's own house: the audit log's months, its denials, the fleet's counts, and the feed.
 
 Invariant: everything here may be done twice, or by two at once, and may be left for later: what
 is behind only takes more room or more time to read. So one process does it, and needs no term.
@@ -34,18 +34,24 @@ class Counts(Protocol):
     async def fold_counts(self) -> None: ...
 
 
+class Feed(Protocol):
+    async def drop_read_changes(self) -> None: ...
+
+
 class Housekeeping:
     """Args:
     lease: lets one process at a time do it.
     audit: the audit log.
     counts: the fleet's counts.
+    feed: the change feed.
     audit_retention_days: how long audit events are kept.
     """
 
-    def __init__(self, lease: Lease, audit: Audit, counts: Counts, *, audit_retention_days: int) -> None:
+    def __init__(self, lease: Lease, audit: Audit, counts: Counts, feed: Feed, *, audit_retention_days: int) -> None:
         self._lease = lease
         self._audit = audit
         self._counts = counts
+        self._feed = feed
         self._audit_retention_days = audit_retention_days
 
     async def run(self) -> None:
@@ -69,6 +75,7 @@ class Housekeeping:
             self._drop_months,
             self._audit.record_denials,
             self._counts.fold_counts,
+            self._feed.drop_read_changes,
         )
         for chore in chores:
             try:

@@ -1,4 +1,4 @@
-"""Becomes a command that ends when its parent does: `python -m services.cli.child PARENT_PID COMMAND…`.
+"""Becomes a command that ends when its parent does: `python -m services.shared.child PARENT_PID COMMAND…`.
 
 Run by the parent itself, so that nothing has to happen between fork and exec.
 """
@@ -13,7 +13,7 @@ _PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     parent, *command = sys.argv[1:]
-    # Kept over exec. SIGKILL, since nobody is left to see to an orderly end: the next `up` carries
+    # Kept over exec. SIGKILL, since nobody is left to see to an orderly end: the next start carries
     # on from any line. It comes at the end of the thread that forked, so that must be the main one.
     if ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) != 0:
         sys.exit("the kernel knows no PR_SET_PDEATHSIG")

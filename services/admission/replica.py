@@ -1,0 +1,48 @@
+"""Which replicas of this machine are alive: a file for each, locked for as long as its process lives.
+
+The lock goes with the process, however that ends. So whoever gets the lock of a replica knows for
+certain that it is dead, and need not wait until it must be.
+"""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import UUID
+
+
+@contextmanager
+def alive(directory: Path, replica_id: UUID) -> Iterator[None]:
+    """Marks this process as alive within the block, and as dead once it has ended.
+
+    Args:
+        directory: shared by the replicas of this machine, and by no others.
+        replica_id: random per start of a process.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    # Under its own name only once it is locked: nobody finds it without.
+    unlocked = directory / f"{replica_id}.new"
+    with unlocked.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        unlocked.rename(directory / str(replica_id))
+        yield
+
+
+def dead(directory: Path) -> list[UUID]:
+    """The replicas of this machine that have ended, orderly or not, and were not forgotten since."""
+    ended = []
+    for path in directory.iterdir():
+        if path.suffix:
+            continue
+        with path.open() as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            ended.append(UUID(path.name))
+    return ended
+
+
+def forget(directory: Path, replica_id: UUID) -> None:
+    """Nobody needs to know any more that this replica has ended."""
+    (directory / str(replica_id)).unlink(missing_ok=True)
