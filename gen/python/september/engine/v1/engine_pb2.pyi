@@ -96,7 +96,9 @@ class Engine(_message.Message):
 
     @_builtins.property
     def last_health_at(self) -> _timestamp_pb2.Timestamp:
-        """Last time that the engine answered a health probe; absent before the first."""
+        """Last time that the engine answered a health probe; absent before the first. In an answer of
+        Admit it is as of the engine's last change.
+        """
 
     def __init__(
         self,
