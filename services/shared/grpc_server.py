@@ -125,22 +125,27 @@ async def _answered(method: str, context: Context) -> AsyncIterator[None]:
             return
         except grpc.aio.AbortError:
             raise
-        except ServiceError as error:
-            log.info("call_refused", code=error.code, message=error.message)
-            code, status = to_status(error.code, error.message, error.retry_after_s)
-        except asyncio.CancelledError:
-            if context.cancelled() or asyncio.current_task().cancelling():  # type: ignore[union-attr]
+        except (Exception, asyncio.CancelledError) as error:
+            going = context.cancelled() or asyncio.current_task().cancelling()  # type: ignore[union-attr]
+            if isinstance(error, asyncio.CancelledError) and going:
                 raise
-            # Raised inside the handler, not by the caller's going away: unanswered, the caller would hang.
-            log.exception("call_cancelled_inside")
-            code, status = _internal(request_id)
-        except Exception:
-            log.exception("call_failed")
-            code, status = _internal(request_id)
+            code, status = failure_status(error, request_id)
         await context.abort(code, status.message, (("grpc-status-details-bin", status.SerializeToString()),))
 
 
-def _internal(request_id: str) -> tuple[grpc.StatusCode, Status]:
+def failure_status(error: BaseException, request_id: str) -> tuple[grpc.StatusCode, Status]:
+    """The status that answers what a handler has raised, which is logged.
+
+    Args:
+        error: a `ServiceError`, or something that callers learn nothing of. A CancelledError is one that
+            was raised inside of the handler, not by the caller's going away: unanswered, the caller would hang.
+        request_id: by which the log is found.
+    """
+    if isinstance(error, ServiceError):
+        log.info("call_refused", code=error.code, message=error.message)
+        return to_status(error.code, error.message, error.retry_after_s)
+    cancelled = isinstance(error, asyncio.CancelledError)
+    log.error("call_cancelled_inside" if cancelled else "call_failed", exc_info=error)
     return to_status("INTERNAL", f"internal error; request id {request_id}")
 
 
