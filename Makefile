@@ -2,6 +2,8 @@
 PYTHON ?= python3
 # What runs engines: `docker`, or `process`, which `september up` takes if nothing is said.
 BACKEND ?=
+# Where Admission runs: `fast`, inside of the gateway, or `grpc`, a server behind it.
+LANE ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,9 +16,9 @@ ENGINE_IMAGE := september-engine:dev
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-run: $(VENV)/.runtime ## Run the platform on this machine until Ctrl-C; BACKEND=docker for engines in containers.
+run: $(VENV)/.runtime ## Run the platform on this machine until Ctrl-C; BACKEND=docker for engines in containers, LANE=grpc for Admission as a process of its own.
 	@test "$(BACKEND)" != docker || docker image inspect $(ENGINE_IMAGE) >/dev/null 2>&1 || deploy/docker/make-engine-image $(ENGINE_IMAGE)
-	@exec $(BIN)/september up $(if $(BACKEND),--backend $(BACKEND))
+	@exec $(BIN)/september up $(if $(BACKEND),--backend $(BACKEND)) $(if $(LANE),--lane $(LANE))
 
 test: $(VENV)/.dev ## Run all tests that this machine can; REQUIRE_DOCKER=1 allows none to be skipped for want of Docker.
 	@if docker info >/dev/null 2>&1; then deploy/docker/make-engine-image $(ENGINE_IMAGE); \

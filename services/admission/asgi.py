@@ -104,9 +104,10 @@ class AdmissionApp:
             return
         except Refused as error:
             await _send_all(send, grpc_wire.error(error.code, error.message, b""))
-        except (Exception, asyncio.CancelledError) as error:
+        except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - it is logged
             if isinstance(error, asyncio.CancelledError) and call.cancelling():
-                raise
+                # The application ends.
+                return
             code, status = failure_status(error, request_id)
             await _send_all(send, grpc_wire.error(code, status.message, status.SerializeToString()))
         else:

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 from dataclasses import dataclass
+from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
@@ -15,6 +16,13 @@ from pyvoy._server import get_envoy_environ
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "deploy" / "envoy"
 _FAST_LANE = re.compile(r" *# <fast lane>\n.*?# </fast lane>\n", re.DOTALL)
+
+
+class Lane(StrEnum):
+    """Where Admission runs: inside of the gateway, or as a server of gRPC behind it."""
+
+    FAST = "fast"
+    GRPC = "grpc"
 
 
 @dataclass(frozen=True, slots=True)

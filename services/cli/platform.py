@@ -9,9 +9,12 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.admission.settings import AdmissionSettings
 from services.cli import database, demo, gateway, health
 from services.cli.addresses import reachable
+from services.cli.drain import drain
 from services.cli.failure import failure_with_log
+from services.cli.gateway import Lane
 from services.cli.part import Part
 from services.cli.progress import StartProgress
 from services.cli.settings import UpSettings
@@ -24,7 +27,9 @@ _START_S = 60.0
 # How long a part may take to end. The Provisioner first ends its engines.
 _PROVISIONER_GRACE_S = 60.0
 _ADMISSION_GRACE_S = 20.0
-_GATEWAY_GRACE_S = 5.0
+_GATEWAY_GRACE_S = 20.0
+# How long calls under way have to be answered before that.
+_DRAIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Platform:
     """Args:
     var: what it keeps.
     settings: of all its parts; this process's environment holds the same.
+    lane: where Admission runs.
     progress: shows the start.
     stack: ends the parts, in reverse order of their start.
     watch: fails when a part ends.
@@ -39,6 +45,7 @@ class Platform:
 
     var: VarDirectory
     settings: UpSettings
+    lane: Lane
     progress: StartProgress
     stack: AsyncExitStack
     watch: asyncio.TaskGroup
@@ -53,31 +60,19 @@ class Platform:
             url = self.settings.database_url or await self._start_postgres()
             await database.bring_up_to_date(url)
 
-        admission_address = reachable(self.settings.admission_listen)
+        environment = {**os.environ, "ORCH_DATABASE_URL": url}
         provisioner_address = self.settings.provisioner_addr
         gateway_address = reachable(self.settings.gateway_listen)
-        config = gateway.render(
-            gateway.GatewaySettings(
-                listen=self.settings.gateway_listen,
-                admission=admission_address,
-                provisioner=provisioner_address,
-                boot_timeout_s=math.ceil(self.settings.boot_timeout_s),
-            )
-        )
-        envoy = gateway.command(self.var.write("envoy.yaml", config))
-        environment = {**os.environ, "ORCH_DATABASE_URL": url}
-        without_secrets = {name: value for name, value in os.environ.items() if not name.startswith(PREFIX)}
-        parts = (
-            await self._run("provisioner", _module("services.provisioner"), environment, _PROVISIONER_GRACE_S),
-            await self._run("admission", _module("services.admission"), environment, _ADMISSION_GRACE_S),
-            await self._run("gateway", envoy, without_secrets, _GATEWAY_GRACE_S),
-        )
-        signs = (
-            health.serving(provisioner_address),
-            health.serving(admission_address),
-            health.answering(gateway_address),
-        )
-        await asyncio.wait([self.watch.create_task(sign) for sign in map(self._healthy, parts, signs)])
+        provisioner = await self._run("provisioner", _module("services.provisioner"), environment, _PROVISIONER_GRACE_S)
+        starting = [(provisioner, health.serving(provisioner_address))]
+        if self.lane is Lane.GRPC:
+            admission_address = reachable(self.settings.admission_listen)
+            admission = await self._run("admission", _module("services.admission"), environment, _ADMISSION_GRACE_S)
+            starting.append((admission, health.serving(admission_address)))
+        else:
+            admission_address = gateway_address
+        starting.append((await self._run_gateway(admission_address, environment), health.answering(gateway_address)))
+        await asyncio.wait([self.watch.create_task(self._healthy(part, sign)) for part, sign in starting])
 
         admin_key = self.settings.admin_key.get_secret_value()
         platform_key = await asyncio.to_thread(
@@ -115,6 +110,26 @@ class Platform:
         # One backend can't run the engines of another: each has a registry of its own.
         backend, default = self.settings.engine_backend, self.var.postgres
         return default if backend is BackendKind.PROCESS else default.with_name(f"{default.name}-{backend}")
+
+    async def _run_gateway(self, admission_address: str, environment: Mapping[str, str]) -> Part:
+        """Runs Envoy, which gets to know no more secrets than what runs inside of it needs."""
+        needed = {f"{PREFIX}{field.upper()}" for field in AdmissionSettings.model_fields if self.lane is Lane.FAST}
+        known = {name: value for name, value in environment.items() if not name.startswith(PREFIX) or name in needed}
+        if self.lane is Lane.FAST:
+            known |= gateway.lane_environment() or {}
+        config = gateway.render(
+            gateway.GatewaySettings(
+                listen=self.settings.gateway_listen,
+                admission=admission_address if self.lane is Lane.GRPC else None,
+                provisioner=self.settings.provisioner_addr,
+                boot_timeout_s=math.ceil(self.settings.boot_timeout_s),
+            )
+        )
+        admin_file = self.var.write("gateway.admin", "")
+        command = [*gateway.command(self.var.write("envoy.yaml", config)), "--admin-address-path", str(admin_file)]
+        part = await self._run("gateway", command, known, _GATEWAY_GRACE_S)
+        self.stack.push_async_callback(asyncio.to_thread, drain, admin_file, _DRAIN_S)
+        return part
 
     async def _run(self, name: str, command: Sequence[str], environment: Mapping[str, str], grace_s: float) -> Part:
         part = await Part.start(name, command, environment, self.var.log(name))

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from services.cli.addresses import claim, reachable
 from services.cli.failure import Failure
+from services.cli.gateway import Lane, lane_environment
 from services.cli.platform import Platform
 from services.cli.progress import StartProgress
 from services.cli.settings import UpSettings
@@ -37,17 +38,38 @@ Ctrl-C ends it; data, logs and keys stay in {var}.
 """
 
 
-def up(backend: Annotated[BackendKind | None, typer.Option(help="What runs engines.")] = None) -> None:
+def up(
+    backend: Annotated[BackendKind | None, typer.Option(help="What runs engines.")] = None,
+    lane: Annotated[
+        Lane | None, typer.Option(help="Where Admission runs: inside of the gateway, or as a gRPC server behind it.")
+    ] = None,
+) -> None:
     """Run the whole platform on this machine, until Ctrl-C."""
+    console = Console()
+    lane = _possible(lane, console)
     var = VarDirectory(load(StorageSettings).var_dir)
     with var.exclusive():
         # Left by one that was killed, it would be believed.
         var.environment.unlink(missing_ok=True)
-        settings = _prepare_environment(var, backend)
-        asyncio.run(_until_signal(_serve(var, settings, Console())))
+        settings = _prepare_environment(var, backend, lane)
+        asyncio.run(_until_signal(_serve(var, settings, lane, console)))
 
 
-def _prepare_environment(var: VarDirectory, backend: BackendKind | None) -> UpSettings:
+def _possible(lane: Lane | None, console: Console) -> Lane:
+    """The lane that was asked for; if none was, the fastest that this Python can run.
+
+    Raises:
+        Failure: it can't run that.
+    """
+    if lane is Lane.GRPC or lane_environment() is not None:
+        return lane or Lane.FAST
+    if lane is Lane.FAST:
+        raise Failure("the fast lane needs libpython, which this Python does not have; --lane grpc does without")
+    console.print("This Python has no libpython, so Admission runs behind the gateway: --lane grpc.", soft_wrap=True)
+    return Lane.GRPC
+
+
+def _prepare_environment(var: VarDirectory, backend: BackendKind | None, lane: Lane) -> UpSettings:
     """Completes this process's environment, from which the services read their settings."""
     generated = {
         "ORCH_MASTER_KEY": ("master_key", lambda: Fernet.generate_key().decode()),
@@ -60,13 +82,13 @@ def _prepare_environment(var: VarDirectory, backend: BackendKind | None) -> UpSe
         os.environ["ORCH_ENGINE_BACKEND"] = backend
     os.environ.setdefault("ORCH_ENGINE_BACKEND", BackendKind.PROCESS)
     settings = load(UpSettings)
-    addresses = claim(
-        {
-            "ORCH_GATEWAY_LISTEN": settings.gateway_listen,
-            "ORCH_ADMISSION_LISTEN": settings.admission_listen,
-            "ORCH_PROVISIONER_LISTEN": settings.provisioner_listen,
-        }
-    )
+    wanted = {
+        "ORCH_GATEWAY_LISTEN": settings.gateway_listen,
+        "ORCH_PROVISIONER_LISTEN": settings.provisioner_listen,
+    }
+    if lane is Lane.GRPC:
+        wanted["ORCH_ADMISSION_LISTEN"] = settings.admission_listen
+    addresses = claim(wanted)
     os.environ.update(
         addresses,
         ORCH_PROVISIONER_ADDR=reachable(addresses["ORCH_PROVISIONER_LISTEN"]),
@@ -97,7 +119,7 @@ async def _until_signal(work: Coroutine[Any, Any, None]) -> None:
             raise
 
 
-async def _serve(var: VarDirectory, settings: UpSettings, console: Console) -> None:
+async def _serve(var: VarDirectory, settings: UpSettings, lane: Lane, console: Console) -> None:
     """Starts everything and waits until a part ends or this is cancelled; ends everything.
 
     Raises:
@@ -107,7 +129,7 @@ async def _serve(var: VarDirectory, settings: UpSettings, console: Console) -> N
         # The watch ends first: from then on parts end because they are told to.
         async with AsyncExitStack() as stack, asyncio.TaskGroup() as watch:
             with StartProgress(console) as progress:
-                announced = await Platform(var, settings, progress, stack, watch).start()
+                announced = await Platform(var, settings, lane, progress, stack, watch).start()
             stack.enter_context(var.announced(announced))
             console.print(
                 _SESSION.format(

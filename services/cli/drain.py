@@ -1,0 +1,49 @@
+"""The orderly end of a gateway: Envoy itself drops what is under way when it is told to end."""
+
+import json
+import time
+from contextlib import suppress
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+
+_PAUSE_S = 0.05
+_TIMEOUT_S = 2.0
+_ACTIVE = "http.gateway.downstream_rq_active"
+_WATCHES_LEFT = "cluster.provisioner.circuit_breakers.high.remaining_rq"
+_WATCHES_MAX = 1000
+
+
+def drain(admin_file: Path, grace_s: float) -> None:
+    """Makes a gateway take no more calls, and returns when those under way are answered.
+
+    Watches are not waited for, since they have no end. A gateway that doesn't answer is left as it is.
+
+    Args:
+        admin_file: holds the address of Envoy's admin interface, once it has started.
+        grace_s: the longest to wait, in seconds.
+    """
+    end = time.monotonic() + grace_s
+    admin = admin_file.read_text()
+    if not admin:
+        return
+    with suppress(OSError, HTTPException):
+        # Connections close with their next answer, and no new ones are taken.
+        for path in ("/healthcheck/fail", "/drain_listeners"):
+            _ask(admin, "POST", path)
+        while _calls_under_way(admin) and time.monotonic() < end:
+            time.sleep(_PAUSE_S)
+
+
+def _calls_under_way(admin: str) -> int:
+    stats = json.loads(_ask(admin, "GET", f"/stats?format=json&filter=^({_ACTIVE}|{_WATCHES_LEFT})$"))["stats"]
+    values = {stat["name"]: int(stat["value"]) for stat in stats}
+    return values[_ACTIVE] - (_WATCHES_MAX - values[_WATCHES_LEFT])
+
+
+def _ask(admin: str, method: str, path: str) -> bytes:
+    connection = HTTPConnection(admin, timeout=_TIMEOUT_S)
+    try:
+        connection.request(method, path)
+        return connection.getresponse().read()
+    finally:
+        connection.close()
