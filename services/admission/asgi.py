@@ -19,7 +19,7 @@ import structlog
 from services.admission import grpc_wire
 from services.admission.calls import KEY_HEADER, Call, Method
 from services.admission.grpc_wire import Refused
-from services.shared.errors import ServiceError, Unavailable
+from services.shared.errors import InvalidRequest, ServiceError, Unavailable
 from services.shared.grpc_server import failure_status
 
 log = structlog.get_logger(__name__)
@@ -125,9 +125,14 @@ class AdmissionApp:
             raise Refused(grpc.StatusCode.UNIMPLEMENTED, "no such method")
         if len(self._calls) > _MAX_CALLS:
             raise Unavailable("the service is not available, try again")
+        if headers.get(b"te") != b"trailers":
+            # Without it the server leaves out the trailers, and so the status.
+            raise InvalidRequest("the header `te: trailers` is missing")
         timeout_s = grpc_wire.timeout_s(headers.get(b"grpc-timeout"))
         request = grpc_wire.message(await _body(receive), headers.get(b"grpc-encoding", b""))
         keys = [value.decode("latin-1") for name, value in scope["headers"] if name == _KEY_HEADER]
+        if timeout_s == 0:
+            raise _deadline_exceeded()
         watch = _Watch(call, served, timeout_s, receive)
         try:
             return await served.method(request, Call(keys, timeout_s))

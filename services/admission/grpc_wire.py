@@ -74,13 +74,12 @@ def message(body: bytes, encoding: bytes) -> bytes:
         Refused: it is too large, or encoded in a way that is not known.
     """
     content = body[_PREFIX_BYTES:]
-    if len(body) < _PREFIX_BYTES or int.from_bytes(body[1:_PREFIX_BYTES], "big") != len(content) or body[0] > 1:
+    size = int.from_bytes(body[1:_PREFIX_BYTES], "big")
+    if size > MAX_REQUEST_BYTES:
+        raise _too_large()
+    if len(body) < _PREFIX_BYTES or size != len(content) or body[0] > 1:
         raise InvalidRequest("the message is malformed")
-    if body[0]:
-        content = _decompressed(content, encoding)
-    if len(content) > MAX_REQUEST_BYTES:
-        raise Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "the message is over 64 KiB")
-    return content
+    return _decompressed(content, encoding) if body[0] else content
 
 
 def _decompressed(content: bytes, encoding: bytes) -> bytes:
@@ -91,13 +90,19 @@ def _decompressed(content: bytes, encoding: bytes) -> bytes:
         raise Refused(grpc.StatusCode.UNIMPLEMENTED, "grpc-encoding is not supported")
     decompressor = zlib.decompressobj(window_bits)
     try:
-        # One byte more than allowed tells that it is too large, whatever it would become.
+        # No more is made of it than tells that it is too large.
         decompressed = decompressor.decompress(content, MAX_REQUEST_BYTES + 1)
     except zlib.error as error:
         raise InvalidRequest("the message is malformed") from error
-    if len(decompressed) <= MAX_REQUEST_BYTES and (not decompressor.eof or decompressor.unused_data):
+    if len(decompressed) > MAX_REQUEST_BYTES:
+        raise _too_large()
+    if not decompressor.eof or decompressor.unused_data:
         raise InvalidRequest("the message is malformed")
     return decompressed
+
+
+def _too_large() -> Refused:
+    return Refused(grpc.StatusCode.RESOURCE_EXHAUSTED, "the message is over 64 KiB")
 
 
 def answer(content: bytes) -> dict[str, Any]:

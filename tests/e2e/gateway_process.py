@@ -2,13 +2,15 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from services.cli.gateway import GatewaySettings, command, render
+from services.cli.gateway import GatewaySettings, Lane, command, lane_environment, render
+from tests.harness import ROOT
 
 DEADLINE_S = 15.0
 T = TypeVar("T")
@@ -88,6 +90,7 @@ class Gateway:
     address: str
     admin: str
     output: Path
+    log: Path
 
     async def rest(
         self, method: str, path: str, body: bytes | None = None, headers: Iterable[tuple[str, str]] = ()
@@ -126,24 +129,51 @@ class Gateway:
         return [json.loads(line) for line in self.output.read_text().splitlines()]
 
 
+@dataclass(frozen=True)
+class Inside:
+    """Admission inside of the gateway.
+
+    Args:
+        app: `module:attribute` of what runs there.
+        environment: its own variables.
+    """
+
+    app: str
+    environment: Mapping[str, str]
+
+
+def placed(lane: Lane, admission: str, **environment: str) -> str | Inside:
+    """Admission in this lane: what listens at the address, or inside of the gateway what passes calls on to it."""
+    if lane is Lane.GRPC:
+        return admission
+    return Inside("tests.e2e.lane_app:app", {"ADMISSION": admission, **environment})
+
+
 @asynccontextmanager
 async def running_gateway(
-    directory: Path, admission: str, provisioner: str, edit: Callable[[str], str] = lambda config: config
+    directory: Path, admission: str | Inside, provisioner: str, edit: Callable[[str], str] = lambda config: config
 ) -> AsyncIterator[Gateway]:
     """Runs a gateway on free ports.
 
     Args:
         directory: for configuration and logs.
-        admission: `host:port` of Admission.
+        admission: `host:port` of Admission, or what is inside.
         provisioner: `host:port` of the Provisioner.
         edit: changes the configuration: shorter timeouts, smaller limits.
     """
     config, output, log, admin_file = (directory / name for name in ("envoy.yaml", "stdout", "stderr", "admin"))
-    config.write_text(edit(render(GatewaySettings("127.0.0.1:0", admission, provisioner))))
+    environment: Mapping[str, str] = os.environ
+    if isinstance(admission, Inside):
+        settings = GatewaySettings("127.0.0.1:0", None, provisioner, lane_app=admission.app)
+        environment = {**os.environ, **(lane_environment() or {}), **admission.environment}
+    else:
+        settings = GatewaySettings("127.0.0.1:0", admission, provisioner)
+    config.write_text(edit(render(settings)))
     with output.open("wb") as stdout, log.open("wb") as stderr:
         process = await asyncio.create_subprocess_exec(
-            *command(config), "--admin-address-path", str(admin_file), stdout=stdout, stderr=stderr
-        )
+            *command(config), "--admin-address-path", str(admin_file),
+            cwd=ROOT, env=environment, stdout=stdout, stderr=stderr,
+        )  # fmt: skip
 
     async def ready() -> str | None:
         assert process.returncode is None, log.read_text()
@@ -154,7 +184,7 @@ async def running_gateway(
         admin = await eventually(ready)
         listeners = await _get(admin, "/listeners?format=json")
         address = json.loads(listeners.body)["listener_statuses"][0]["local_address"]["socket_address"]
-        yield Gateway(f"{address['address']}:{address['port_value']}", admin, output)
+        yield Gateway(f"{address['address']}:{address['port_value']}", admin, output, log)
         # After a script's error Envoy goes on as if there were no script.
         assert "script log" not in log.read_text()
     finally:

@@ -17,8 +17,9 @@ from grpc_status import rpc_status
 from september.admission.v1 import admission_service_pb2 as admission_pb
 from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceStub
 from september.errors.v1 import errors_pb2
+from services.cli.gateway import Lane
 from tests.e2e.gateway_calls import UNARY, Method
-from tests.e2e.gateway_process import Gateway, running_gateway
+from tests.e2e.gateway_process import Gateway, placed, running_gateway
 from tests.e2e.gateway_services import Behaviour, Context, Services, engine, failing, running_services
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -86,11 +87,13 @@ class Served:
         return (*answer.error(), answer.header("retry-after"))
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=Lane)
+async def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+    lane: Lane = request.param
+    directory = tmp_path_factory.mktemp("gateway")
     async with (
         running_services() as services,
-        running_gateway(tmp_path_factory.mktemp("gateway"), services.address, services.address) as gateway,
+        running_gateway(directory, placed(lane, services.address), services.address) as gateway,
         grpc.aio.insecure_channel(gateway.address) as channel,
     ):
         yield Served(gateway, services, AdmissionServiceStub(channel))

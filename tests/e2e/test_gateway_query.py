@@ -10,8 +10,9 @@ from google.protobuf.message import Message
 
 from september.provisioner.v1 import fleet_service_pb2 as fleet_pb
 from september.provisioner.v1 import product_service_pb2 as product_pb
+from services.cli.gateway import Lane
 from tests.e2e.gateway_calls import METHODS, Method
-from tests.e2e.gateway_process import Gateway, running_gateway
+from tests.e2e.gateway_process import Gateway, placed, running_gateway
 from tests.e2e.gateway_services import Services, running_services
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -97,11 +98,13 @@ class Served:
         return message
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=Lane)
+async def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+    lane: Lane = request.param
+    directory = tmp_path_factory.mktemp("gateway")
     async with (
         running_services() as services,
-        running_gateway(tmp_path_factory.mktemp("gateway"), services.address, services.address) as gateway,
+        running_gateway(directory, placed(lane, services.address), services.address) as gateway,
     ):
         yield Served(gateway, services)
 

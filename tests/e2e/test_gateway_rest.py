@@ -11,8 +11,9 @@ from google.protobuf.json_format import MessageToDict
 
 from september.admission.v1 import admission_service_pb2 as admission_pb
 from september.provisioner.v1 import product_service_pb2 as product_pb
+from services.cli.gateway import Lane
 from tests.e2e.gateway_calls import METHODS, Method
-from tests.e2e.gateway_process import Gateway, running_gateway
+from tests.e2e.gateway_process import Gateway, placed, running_gateway
 from tests.e2e.gateway_services import Services, running_services
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -153,12 +154,14 @@ class Served:
     provisioner: Services
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=Lane)
+async def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+    lane: Lane = request.param
+    directory = tmp_path_factory.mktemp("gateway")
     async with (
         running_services() as admission,
         running_services() as provisioner,
-        running_gateway(tmp_path_factory.mktemp("gateway"), admission.address, provisioner.address) as gateway,
+        running_gateway(directory, placed(lane, admission.address), provisioner.address) as gateway,
     ):
         yield Served(gateway, admission, provisioner)
 

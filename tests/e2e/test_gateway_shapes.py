@@ -17,8 +17,9 @@ from september.provisioner.v1 import fleet_pb2, product_pb2
 from september.provisioner.v1 import fleet_service_pb2 as fleet
 from september.provisioner.v1 import product_service_pb2 as products
 from september.provisioner.v1 import provisioner_service_pb2 as provisioner
+from services.cli.gateway import Lane
 from tests.e2e.gateway_calls import METHODS
-from tests.e2e.gateway_process import Answer, Gateway, running_gateway
+from tests.e2e.gateway_process import Answer, Gateway, placed, running_gateway
 from tests.e2e.gateway_services import Context, Services, running_services
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -307,11 +308,13 @@ class Served:
         return answer
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def served(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+@pytest_asyncio.fixture(scope="module", loop_scope="module", params=Lane)
+async def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
+    lane: Lane = request.param
+    directory = tmp_path_factory.mktemp("gateway")
     async with (
         running_services() as services,
-        running_gateway(tmp_path_factory.mktemp("gateway"), services.address, services.address) as gateway,
+        running_gateway(directory, placed(lane, services.address), services.address) as gateway,
     ):
         yield Served(gateway, services)
 

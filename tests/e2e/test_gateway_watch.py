@@ -242,8 +242,8 @@ async def test_a_watchers_connection_is_kept_alive_so_that_vanished_callers_are_
 
 async def test_watches_take_no_other_calls_place(tmp_path: Path) -> None:
     def small(config: str) -> str:
-        assert "max_requests: 1000}" in config
-        return config.replace("max_requests: 1000}", "max_requests: 1}")
+        assert "max_requests: 1000," in config
+        return config.replace("max_requests: 1000,", "max_requests: 1,")
 
     async with (
         running_services() as services,

@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,7 +17,8 @@ from yarl import URL
 from september.admission.v1 import admission_service_pb2 as pb
 from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceStub
 from september.engine.v1 import engine_pb2
-from tests.e2e.gateway_process import running_gateway
+from services.cli.gateway import Lane
+from tests.e2e.gateway_process import Inside, running_gateway
 from tests.harness import Clients, Platform, Product, Service
 
 Shared = tuple[Platform, list[Service]]
@@ -44,29 +46,51 @@ class Rest:
         return await self.call("POST", f"/engines/{user_id}/admit", flags, x_platform_key=product.key)
 
 
-@pytest.fixture
-async def gateways(shared: Shared, tmp_path: Path) -> AsyncIterator[list[str]]:
-    """Two gateways, each before an Admission of its own."""
-    _, (provisioner, *admissions) = shared
-    directories = [tmp_path / "0", tmp_path / "1"]
-    for directory in directories:
-        directory.mkdir()
-    async with (
-        running_gateway(directories[0], admissions[0].address, provisioner.address) as first,
-        running_gateway(directories[1], admissions[1].address, provisioner.address) as second,
-    ):
-        yield [first.address, second.address]
+@pytest.fixture(params=Lane)
+def lane(request: pytest.FixtureRequest) -> Lane:
+    lane: Lane = request.param
+    return lane
+
+
+@asynccontextmanager
+async def gateway_of(shared: Shared, lane: Lane, directory: Path, admission: Service) -> AsyncIterator[str]:
+    """The address of a gateway with an Admission of its own: behind it, or inside."""
+    platform, (provisioner, *_) = shared
+    placed: str | Inside = admission.address
+    if lane is Lane.FAST:
+        environment = {**platform.environment, "ORCH_PROVISIONER_ADDR": provisioner.address}
+        placed = Inside("services.admission.lane:app", environment)
+    async with running_gateway(directory, placed, provisioner.address) as gateway:
+        yield gateway.address
 
 
 @pytest.fixture
-async def rests(gateways: list[str]) -> AsyncIterator[list[Rest]]:
+async def first(shared: Shared, lane: Lane, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+    async with gateway_of(shared, lane, tmp_path_factory.mktemp("first"), shared[1][1]) as address:
+        yield address
+
+
+@pytest.fixture
+async def second(shared: Shared, lane: Lane, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+    async with gateway_of(shared, lane, tmp_path_factory.mktemp("second"), shared[1][2]) as address:
+        yield address
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-        yield [Rest(session, f"http://{address}") for address in gateways]
+        yield session
 
 
 @pytest.fixture
-def rest(rests: list[Rest]) -> Rest:
-    return rests[0]
+def rest(session: aiohttp.ClientSession, first: str) -> Rest:
+    return Rest(session, f"http://{first}")
+
+
+@pytest.fixture
+def rests(session: aiohttp.ClientSession, rest: Rest, second: str) -> list[Rest]:
+    """Two gateways."""
+    return [rest, Rest(session, f"http://{second}")]
 
 
 async def test_the_first_day_of_a_product(rest: Rest, shared: Shared) -> None:
@@ -134,10 +158,10 @@ async def test_health_needs_no_key(rest: Rest) -> None:
 
 
 async def test_fifty_first_admits_over_rest_and_grpc_make_one_engine(
-    rests: list[Rest], clients: Clients, gateways: list[str], shared: Shared
+    rests: list[Rest], clients: Clients, first: str, second: str, shared: Shared
 ) -> None:
     product = await clients.register()
-    channels = [grpc.aio.insecure_channel(address) for address in gateways]
+    channels = [grpc.aio.insecure_channel(address) for address in (first, second)]
     stubs = [AdmissionServiceStub(channel) for channel in channels]
 
     async def over_rest(index: int) -> tuple[str, str, str]:
