@@ -17,13 +17,15 @@ from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from september.errors.v1 import errors_pb2
-from services.shared.errors import InvalidRequest, ServiceError
+from services.shared.errors import InvalidPlatformKey, InvalidRequest, RateLimited, ServiceError
 
 ERROR_DOMAIN = "platform.september"
 MAX_REQUEST_BYTES = 64 * 1024
 
 log = structlog.get_logger(__name__)
 
+# What comes in floods, and is counted (denials, the gateway's statistics), is not written call by call.
+_FLOODS = frozenset({RateLimited.code, InvalidPlatformKey.code})
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
@@ -142,7 +144,8 @@ def failure_status(error: BaseException, request_id: str) -> tuple[grpc.StatusCo
         request_id: by which the log is found.
     """
     if isinstance(error, ServiceError):
-        log.info("call_refused", code=error.code, message=error.message)
+        if error.code not in _FLOODS:
+            log.info("call_refused", code=error.code, message=error.message)
         return to_status(error.code, error.message, error.retry_after_s)
     cancelled = isinstance(error, asyncio.CancelledError)
     log.error("call_cancelled_inside" if cancelled else "call_failed", exc_info=error)
