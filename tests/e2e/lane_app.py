@@ -14,7 +14,10 @@ from services.admission.calls import SERVICE, Call, Method
 from services.admission.grpc_wire import Refused
 from services.admission.lane import served
 from services.shared import log
+from services.shared.errors import Unavailable
 from services.shared.grpc_client import answered_error
+from services.shared.loops import supervise
+from services.shared.service import background
 
 # What gRPC sets by itself.
 _OWN = {"content-length", "content-type", "grpc-accept-encoding", "grpc-encoding", "grpc-timeout", "host", "te"}
@@ -54,3 +57,25 @@ async def app(scope: Event, receive: Receive, send: Send) -> None:
     if scope["type"] == "http":
         _headers.set(scope["headers"])
     await _admission(scope, receive, send)
+
+
+@asynccontextmanager
+async def _failing_core() -> AsyncIterator[Mapping[str, Served]]:
+    async def loop() -> None:
+        raise RuntimeError("the loop fails")
+
+    log.configure("admission", "INFO")
+    async with background(supervise(loop=loop())):
+        yield {}
+
+
+failing = AdmissionApp(_failing_core)
+
+
+@asynccontextmanager
+async def _absent_core() -> AsyncIterator[Mapping[str, Served]]:
+    raise Unavailable("the registry is not available")
+    yield {}
+
+
+absent = AdmissionApp(_absent_core)
