@@ -11,7 +11,7 @@ ENGINE_IMAGE := september-engine:dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test lint types breaking gen engine-image clean
+.PHONY: help run test test-long lint types breaking gen engine-image clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -25,6 +25,9 @@ test: $(VENV)/.dev ## Run all tests that this machine can; REQUIRE_DOCKER=1 allo
 	elif [ "$$REQUIRE_DOCKER" = 1 ]; then echo "no Docker daemon answers" >&2; exit 1; \
 	else echo "no Docker daemon answers: the tests that need one are skipped"; fi
 	$(BIN)/pytest -n 4 --dist loadfile
+
+test-long: $(VENV)/.dev ## Run the tests that take minutes.
+	$(BIN)/pytest -m long
 
 lint: build/googleapis ## Check style and format, of the protos too.
 	$(BIN)/ruff check

@@ -46,7 +46,7 @@ def up(
 ) -> None:
     """Run the whole platform on this machine, until Ctrl-C."""
     console = Console()
-    lane = _possible(lane, console)
+    lane = possible(lane, console)
     var = VarDirectory(load(StorageSettings).var_dir)
     with var.exclusive():
         # Left by one that was killed, it would be believed.
@@ -55,7 +55,7 @@ def up(
         asyncio.run(_until_signal(_serve(var, settings, lane, console)))
 
 
-def _possible(lane: Lane | None, console: Console) -> Lane:
+def possible(lane: Lane | None, console: Console) -> Lane:
     """The lane that was asked for; if none was, the fastest that this Python can run.
 
     Raises:

@@ -12,17 +12,21 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import grpc
 import psutil
 import psycopg
 import pytest
 
+from september.admission.v1.admission_service_pb2 import AdmitRequest
+from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceStub
 from tests.e2e.installation import Installation, install, post
 from tests.harness import DEADLINE_S, eventually
 
 __all__ = ["install"]
 
 Install = Callable[..., Installation]
-EVERYTHING = {"cli", "postgres", "provisioner", "admission", "envoy", "engine"}
+EVERYTHING = {"cli", "postgres", "provisioner", "envoy", "engine"}
+LANES = {"fast": EVERYTHING, "grpc": EVERYTHING | {"admission"}}
 HELLO = {"conversation_id": "c1", "message": "hello"}
 TERMINAL = "import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn(sys.argv[1:])))"
 
@@ -41,14 +45,20 @@ def is_free(address: str) -> bool:
         return probe.connect_ex((host, int(port))) != 0
 
 
-def test_serves_until_ctrl_c_and_then_leaves_nothing_running(install: Install) -> None:
+@pytest.mark.parametrize("lane", LANES)
+def test_serves_until_ctrl_c_and_then_leaves_nothing_running(install: Install, lane: str) -> None:
     installation = install()
-    up = installation.up()
+    up = installation.up("--lane", lane)
     shell = installation.announced()
+    assert (shell["REST_URL"] == f"http://{shell['ADMISSION_ADDR']}") == (lane == "fast")
     ada, bob = installation.admit("ada"), installation.admit("bob")
     assert execute(ada, ada["api_key"])[0] == 200
     assert execute(ada, bob["api_key"])[0] == 401
-    assert installation.names() == EVERYTHING
+    assert installation.names() == LANES[lane]
+    with grpc.insecure_channel(shell["ADMISSION_ADDR"]) as channel:
+        stub: Any = AdmissionServiceStub(channel)  # type: ignore[arg-type] # its stubs know only grpc.aio
+        metadata = [("x-platform-key", shell["PLATFORM_KEY"])]
+        assert stub.Admit(AdmitRequest(user_id="ada"), metadata=metadata).admitted
 
     up.send_signal(signal.SIGINT)
     assert up.wait(DEADLINE_S) == 0, installation.output.read_text()
@@ -88,6 +98,15 @@ def test_what_it_keeps_is_for_its_user_alone(install: Install) -> None:
         assert not [text for text in visible if secret.read_text().strip() in text]
 
 
+def test_the_gateway_knows_no_secret_that_nothing_inside_of_it_needs(install: Install) -> None:
+    installation = install()
+    installation.up()
+    known = part(installation, "bin/envoy").environ()
+    assert {"ORCH_MASTER_KEY", "ORCH_DATABASE_URL"} <= set(known)
+    assert "ORCH_ADMIN_KEY" not in known
+    assert not [name for name, value in known.items() if value == installation.announced()["ADMIN_KEY"]]
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl")
 def test_the_printed_session_works_when_it_is_pasted(install: Install) -> None:
     installation = install()
@@ -103,7 +122,7 @@ def test_a_taken_port_is_a_clear_error_before_anything_is_started(install: Insta
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         installation = install(**{variable: f"127.0.0.1:{port}"})
-        refused = installation.run("up")
+        refused = installation.run("up", "--lane", "grpc")
     assert refused.returncode == 1
     assert refused.stderr == f"september: port {port} is taken; {variable} chooses another one\n"
     assert not (installation.var / "postgres").exists()
@@ -133,7 +152,7 @@ def test_wrong_settings_are_refused_by_name_before_anything_is_started(install: 
 @pytest.mark.parametrize("victim", ["services.provisioner", "services.admission", "bin/envoy"])
 def test_a_part_that_dies_is_named_and_everything_ends(install: Install, victim: str) -> None:
     installation = install()
-    up = installation.up()
+    up = installation.up("--lane", "grpc" if victim == "services.admission" else "fast")
     part(installation, victim).kill()
     assert up.wait(DEADLINE_S) == 1
     name = "gateway" if victim == "bin/envoy" else victim.removeprefix("services.")
