@@ -4,6 +4,9 @@ PYTHON ?= python3
 BACKEND ?=
 # Where Admission runs: `fast`, inside of the gateway, or `grpc`, a server behind it.
 LANE ?=
+# `make bench QUICK=1` takes a minute and a half and leaves docs/benchmarks alone; PEERS=jupyterhub adds JupyterHub.
+QUICK ?=
+PEERS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +14,7 @@ ENGINE_IMAGE := september-engine:dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-long lint types breaking gen engine-image clean
+.PHONY: help run test test-long bench lint types breaking gen engine-image clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +31,13 @@ test: $(VENV)/.dev ## Run all tests that this machine can; REQUIRE_DOCKER=1 allo
 
 test-long: $(VENV)/.dev ## Run the tests that take minutes.
 	$(BIN)/pytest -m long
+
+bench: $(VENV)/.bench ## Measure what docs/performance.md promises, under 10 minutes; QUICK=1 for 90 s, PEERS=jupyterhub for more.
+	@command -v h2load >/dev/null || { echo "h2load is missing: apt-get install nghttp2-client" >&2; exit 1; }
+	@command -v wrk >/dev/null || { echo "wrk is missing: apt-get install wrk" >&2; exit 1; }
+	@if docker info >/dev/null 2>&1; then deploy/docker/make-engine-image $(ENGINE_IMAGE); \
+	else echo "no Docker daemon answers: cold provision and wake are not measured"; fi
+	@exec $(BIN)/python -m bench $(if $(QUICK),--quick) $(PEERS:%=--peer %)
 
 lint: build/googleapis ## Check style and format, of the protos too.
 	$(BIN)/ruff check
@@ -69,3 +79,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(call install,'.[dev]')
 	@touch $@ $(VENV)/.runtime
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(call install,'.[bench]')
+	@touch $@

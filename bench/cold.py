@@ -13,8 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from hashlib import sha256
 from itertools import count
 from pathlib import Path
@@ -23,21 +22,22 @@ from uuid import UUID, uuid4
 
 import grpc
 from docker import APIClient
-from docker.utils import kwargs_from_env
 
+from bench.containers import IMAGE, docker_platform, remove_all
 from september.admission.v1 import admission_service_pb2 as admission_pb
 from september.provisioner.v1 import provisioner_service_pb2 as pb
 from services.provisioner.backends.base import EngineSpec
-from services.provisioner.backends.engine_template import INSTALLATION_LABEL, EngineTemplate
+from services.provisioner.backends.engine_template import EngineTemplate
 from services.shared import embedded_postgres
-from tests.harness import Clients, Platform, Product, new_database, reason, running_platform
+from tests.harness import Clients, Platform, Product, new_database, reason
 
-IMAGE = "september-engine:dev"
 TARGETS = {"cold": 1.15, "wake": 1.5, "wake by admit": None}
 _PAIRS = 20
 _PORTS = {"ORCH_PORT_MIN": "25000", "ORCH_PORT_MAX": "25499"}
 _BARE_PORT = 25500
 _POLL_S = 0.002
+# Docker is slower with an engine that it has not just dealt with.
+_ASLEEP_S = 0.2
 _MEMORY_BYTES = 512 * 1024 * 1024
 
 Timed = Callable[[], Awaitable[float]]
@@ -66,6 +66,7 @@ class Bare:
 
     def wake(self, container: str, port: int) -> float:
         self._api.pause(container)
+        time.sleep(_ASLEEP_S)
         begun = time.perf_counter()
         self._api.unpause(container)
         await_answer(port)
@@ -76,14 +77,6 @@ class Bare:
 
     def close(self) -> None:
         remove_all(self._api, self._installation)
-
-
-def remove_all(api: APIClient, installation: str) -> None:
-    filters = {"label": f"{INSTALLATION_LABEL}={installation}"}
-    for container in api.containers(all=True, filters=filters):
-        api.remove_container(container["Id"], force=True, v=True)
-    for volume in api.volumes(filters=filters)["Volumes"] or []:
-        api.remove_volume(volume["Name"])
 
 
 def await_answer(port: int) -> None:
@@ -138,10 +131,11 @@ class User:
         while True:
             try:
                 await self._clients.provisioner.SleepEngine(request, metadata=self._metadata)
-                return
+                break
             except grpc.aio.AioRpcError as error:
                 if reason(error) != "UNAVAILABLE":
                     raise
+        await asyncio.sleep(_ASLEEP_S)
 
     async def destroy(self, user_id: str) -> None:
         await self._clients.provisioner.DestroyEngine(pb.DestroyEngineRequest(user_id=user_id), metadata=self._metadata)
@@ -194,9 +188,9 @@ def summary(what: str, bare: list[float], platform: list[float]) -> dict[str, An
 
 
 async def run(platform: Platform, api: APIClient, pairs: int) -> dict[str, Any]:
-    provisioner = platform.provisioner(ORCH_ENGINE_NETWORK="engine_bench", **_PORTS)
+    provisioner = platform.provisioner(**_PORTS)
     clients = Clients(platform, provisioner.address, platform.admission(provisioner).address)
-    bare = Bare(api, "engine_bench")
+    bare = Bare(api, platform.environment["ORCH_ENGINE_NETWORK"])
     try:
         product = await clients.register(max_engines=1000, rate_limit_rpm=100_000)
         times = await measure(bare, User(clients, product), pairs)
@@ -206,27 +200,19 @@ async def run(platform: Platform, api: APIClient, pairs: int) -> dict[str, Any]:
     return {what: summary(what, *both) for what, both in times.items()}
 
 
-@contextmanager
-def docker() -> Iterator[APIClient]:
-    api = APIClient(**kwargs_from_env())
-    try:
-        yield api
-    finally:
-        api.close()
+def measure_pairs(database_url: str, directory: Path, pairs: int) -> dict[str, Any]:
+    """Both, in a platform of their own on an empty database."""
+    with docker_platform(database_url, directory) as (platform, api):
+        return asyncio.run(run(platform, api, pairs))
 
 
 def main() -> None:
     pairs = int(sys.argv[1]) if len(sys.argv) > 1 else _PAIRS
-    with tempfile.TemporaryDirectory(prefix="september-") as directory, docker() as api:
+    with tempfile.TemporaryDirectory(prefix="september-") as directory:
         data_dir = Path(directory) / "postgres"
         url = embedded_postgres.start(data_dir)
-        settings = {"ORCH_ENGINE_BACKEND": "docker", "ORCH_ENGINE_IMAGE": IMAGE}
         try:
-            with running_platform(new_database(url), Path(directory), **settings) as platform:
-                try:
-                    result = asyncio.run(run(platform, api, pairs))
-                finally:
-                    remove_all(api, platform.installation())
+            result = measure_pairs(new_database(url), Path(directory) / "cold", pairs)
         finally:
             embedded_postgres.stop(data_dir)
     sys.stdout.write(json.dumps(result, indent=2) + "\n")

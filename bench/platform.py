@@ -1,0 +1,105 @@
+"""Servers as real processes: Envoy, the gateway, and the peers."""
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from bench.installation import Installation
+from services.cli import gateway
+from services.cli.addresses import claim
+from services.cli.gateway import Lane
+from services.cli.health import answering
+from tests.harness import ROOT
+
+_START_S = 30.0
+
+
+def free_address() -> str:
+    return claim({"": "127.0.0.1:0"})[""]
+
+
+@contextmanager
+def process(
+    command: Sequence[str],
+    address: str,
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    directory: Path = ROOT,
+) -> Iterator[None]:
+    """Runs a server; inside, it listens on `address`.
+
+    Args:
+        environment: over that of this process.
+        directory: in which it runs.
+
+    Raises:
+        RuntimeError: it does not.
+    """
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'gen' / 'python'}", **(environment or {})}
+    with log.open("wb") as output:
+        server = subprocess.Popen(
+            command, cwd=directory, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            start_new_session=True,
+        )  # fmt: skip
+    try:
+        _await_listener(server, address, log)
+        yield
+    finally:
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def _await_listener(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
+    host, port = address.split(":")
+    deadline = time.monotonic() + _START_S
+    while True:
+        try:
+            socket.create_connection((host, int(port))).close()
+            return
+        except OSError:
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"{server.args!r} does not serve: {log.read_text()[-2000:]}") from None
+            time.sleep(0.05)
+
+
+@contextmanager
+def envoy(
+    name: str, config: str, address: str, directory: Path, environment: Mapping[str, str] | None = None
+) -> Iterator[None]:
+    """Runs Envoy with as many threads and the same logs as the gateway has."""
+    file = directory / f"{name}.yaml"
+    file.write_text(config)
+    with process(gateway.command(file), address, directory / f"{name}.log", environment):
+        yield
+
+
+@contextmanager
+def started_gateway(subject: Installation, lane: Lane, directory: Path) -> Iterator[str]:
+    """The gateway of an installation, in the fast lane with an Admission of its own inside; gives its address."""
+    address = free_address()
+    admission = None if lane is Lane.FAST else subject.admission
+    config = gateway.render(gateway.GatewaySettings(address, admission, subject.provisioner.address))
+    environment = dict(gateway.lane_environment() or {}) if lane is Lane.FAST else {}
+    environment |= subject.platform.environment | {"ORCH_PROVISIONER_ADDR": subject.provisioner.address}
+    with envoy(f"{lane}-gateway", config, address, directory, environment):
+        asyncio.run(asyncio.wait_for(answering(address), _START_S))
+        yield address
+
+
+@contextmanager
+def peer(name: str, directory: Path, *arguments: str) -> Iterator[str]:
+    """Runs `bench.peers.<name>`; gives its address."""
+    address = free_address()
+    command = [sys.executable, "-m", f"bench.peers.{name}", address, *arguments]
+    with process(command, address, directory / f"{name}.log"):
+        yield address
