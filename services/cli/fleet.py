@@ -1,6 +1,7 @@
 """`september fleet`: many engines at once."""
 
 import typer
+from google.protobuf.message import Message
 
 from september.provisioner.v1.fleet_service_pb2 import GetFleetMetricsRequest, GetFleetStatusRequest
 from services.cli.command import command
@@ -17,7 +18,7 @@ async def status(connection: Connection, output: Output) -> None:
     """Count engines by status."""
     async with connection.fleet() as fleet:
         answer = await fleet.GetFleetStatus(GetFleetStatusRequest(), metadata=connection.widest_key())
-    output.record(answer)
+    output.record(answer, *_shown(answer))
 
 
 @command(app)
@@ -25,4 +26,9 @@ async def metrics(connection: Connection, output: Output) -> None:
     """Show what happened in the past hour."""
     async with connection.fleet() as fleet:
         answer = await fleet.GetFleetMetrics(GetFleetMetricsRequest(), metadata=connection.widest_key())
-    output.record(answer)
+    output.record(answer, *_shown(answer))
+
+
+def _shown(answer: Message) -> list[str]:
+    """The fields that whoever asked may see."""
+    return [one.name for one in answer.DESCRIPTOR.fields if not one.has_presence or answer.HasField(one.name)]

@@ -184,6 +184,8 @@ def _text(field: Any, value: Any) -> str:
         text = ", ".join(f"{key} {count}" for key, count in sorted(value.items()))
     elif field.is_repeated:
         text = ", ".join(value)
+    elif isinstance(value, Message):
+        text = ", ".join(f"{inner.name} {_plain(value, inner.name)}" for inner in value.DESCRIPTOR.fields)
     elif field.enum_type is not None:
         text = enum_name(field.enum_type, value)
     elif isinstance(value, float):

@@ -81,6 +81,7 @@ def _prepare_environment(var: VarDirectory, backend: BackendKind | None, lane: L
     if backend is not None:
         os.environ["ORCH_ENGINE_BACKEND"] = backend
     os.environ.setdefault("ORCH_ENGINE_BACKEND", BackendKind.PROCESS)
+    os.environ.setdefault("ORCH_WARM_POOL_SIZE", "2")
     settings = load(UpSettings)
     wanted = {
         "ORCH_GATEWAY_LISTEN": settings.gateway_listen,

@@ -13,6 +13,7 @@ from services.provisioner.backends.base import Backend, InstanceState
 from services.provisioner.backends.docker import DockerBackend
 from services.provisioner.backends.process import ProcessBackend
 from services.provisioner.boot import Boot
+from services.provisioner.domain.intent import Newborn
 from services.provisioner.domain.restarts import RestartPolicy
 from services.provisioner.engine_client import HttpEngineClient
 from services.provisioner.execution import Executor
@@ -26,6 +27,7 @@ from services.provisioner.loops.operation_worker import OperationWorker
 from services.provisioner.loops.reconciler import Reconciler
 from services.provisioner.loops.restarter import Restarter
 from services.provisioner.loops.sleeper import Sleeper
+from services.provisioner.loops.warm_pool import WarmPool
 from services.provisioner.products import Products
 from services.provisioner.servicers.authorization import AuthorizationInterceptor
 from services.provisioner.servicers.fleet import FleetServicer
@@ -45,6 +47,7 @@ from services.provisioner.store.operations import OperationStore
 from services.provisioner.store.ports import PortAllocator
 from services.provisioner.store.products import ProductStore
 from services.provisioner.store.reconcile import ReconcileStore
+from services.provisioner.store.warm_pool import WarmPoolStore
 from services.provisioner.watching import Watching
 from services.shared import embedded_postgres
 from services.shared.errors import Unavailable
@@ -131,7 +134,20 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
             lease_s=settings.operation_lease_s,
             settled=watch.settle,
         )
-        lifecycle = Lifecycle(intents, watch, keyring, image=settings.image, boot_timeout_s=settings.boot_timeout_s)
+        warm_pool = WarmPool(
+            WarmPoolStore(database, intents, node=settings.node),
+            backend,
+            engines,
+            lease("warm_pool"),
+            lambda: Newborn.of(settings.image, keyring),
+            image=settings.image,
+            size=settings.warm_pool_size,
+            # The other half is for users, also while the pool is being filled.
+            most_booting=max(settings.boot_concurrency // 2, 1),
+        )
+        lifecycle = Lifecycle(
+            intents, warm_pool, watch, keyring, image=settings.image, boot_timeout_s=settings.boot_timeout_s
+        )
 
         sleeper = Sleeper(
             operations,
@@ -184,6 +200,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
                     sleeper=sleeper.run(),
                     health=health.run(),
                     restarter=restarter.run(),
+                    warm_pool=warm_pool.run(),
                     reconciler=reconciler.run(),
                     housekeeping=housekeeping.run(),
                 )

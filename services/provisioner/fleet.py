@@ -15,6 +15,7 @@ from services.provisioner.domain.fleet import (
     FleetMetrics,
     FleetStatus,
     PastHour,
+    WarmPoolFill,
     summarize,
 )
 from services.provisioner.domain.paging import page_key, page_limit, page_token
@@ -35,6 +36,7 @@ class Engines(Protocol):
         limit: int,
     ) -> list[EngineSummary]: ...
     async def counts(self, product_id: UUID | None) -> dict[str, int]: ...
+    async def warm_pool(self) -> WarmPoolFill: ...
     async def past_hour(self, product_id: UUID | None) -> PastHour: ...
     async def report(self, product_id: UUID, user_id: str) -> EngineReport | None: ...
 
@@ -89,7 +91,8 @@ class Fleet:
         )
 
     async def status(self, product_id: UUID | None) -> FleetStatus:
-        return FleetStatus(_by_status(await self._engines.counts(product_id)))
+        by_status = _by_status(await self._engines.counts(product_id))
+        return FleetStatus(by_status, await self._engines.warm_pool() if product_id is None else None)
 
     async def metrics(self, product_id: UUID | None) -> FleetMetrics:
         counts = await self._engines.counts(product_id)
@@ -97,6 +100,7 @@ class Fleet:
             past_hour=await self._engines.past_hour(product_id),
             total_provisions=counts.get("provision", 0),
             total_destroys=counts.get("destroy", 0),
+            total_claims=counts.get("claim", 0),
         )
 
     async def history(self, product_id: UUID, user_id: str, limit: int | None) -> EngineHistory:

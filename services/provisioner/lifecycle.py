@@ -6,8 +6,9 @@ A caller who goes away changes nothing: the intent is written or not, and is car
 import asyncio
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from services.provisioner.domain.engine import DenialReason, Engine
 from services.provisioner.domain.intent import Newborn, Pending
@@ -15,8 +16,8 @@ from services.provisioner.domain.operation import OperationKind, Outcome, Settle
 from services.provisioner.domain.product import Product
 from services.provisioner.domain.transitions import BOOTS
 from services.provisioner.execution import STOP_GRACE_S
-from services.shared.errors import BootTimeout, EngineNotFound, ServiceError, Unavailable
-from services.shared.keys import EngineKeyring, new_engine_key
+from services.shared.errors import BootTimeout, EngineAlreadyExists, EngineNotFound, ServiceError, Unavailable
+from services.shared.keys import EngineKeyring
 from services.shared.user_id import check_user_id
 
 _T = TypeVar("_T")
@@ -39,6 +40,10 @@ class Intents(Protocol):
     async def destroy(self, product_id: UUID, user_id: str, actor: str, *, only: UUID | None = None) -> Pending: ...
 
 
+class Pool(Protocol):
+    async def claim(self, image: str, product_id: UUID, user_id: str, actor: str) -> Engine | None: ...
+
+
 class Watch(Protocol):
     async def wait(self, operation_id: UUID, timeout_s: float) -> Settled: ...
 
@@ -46,6 +51,7 @@ class Watch(Protocol):
 class Lifecycle:
     """Args:
     intents: writes what is to be done.
+    pool: has engines that were booted ahead.
     watch: tells when it is done.
     keyring: encrypts the keys of new engines.
     image: what engines run unless asked otherwise.
@@ -53,9 +59,10 @@ class Lifecycle:
     """
 
     def __init__(
-        self, intents: Intents, watch: Watch, keyring: EngineKeyring, *, image: str, boot_timeout_s: float
+        self, intents: Intents, pool: Pool, watch: Watch, keyring: EngineKeyring, *, image: str, boot_timeout_s: float
     ) -> None:
         self._intents = intents
+        self._pool = pool
         self._watch = watch
         self._keyring = keyring
         self._image = image
@@ -63,7 +70,7 @@ class Lifecycle:
         self._writing: set[asyncio.Task[Any]] = set()
 
     async def provision(self, product: Product, user_id: str, image: str) -> Engine:
-        """Makes the user's engine and waits until it is healthy.
+        """Gives the user an engine of the warm pool, or makes one and waits until it is healthy.
 
         Args:
             image: what it runs; empty for the platform's own.
@@ -73,9 +80,12 @@ class Lifecycle:
             BackendError, BootTimeout, Unavailable.
         """
         check_user_id(user_id)
-        pending = await self._written(
-            self._intents.provision(product.product_id, user_id, self._newborn(image or self._image), _actor(product))
-        )
+        image = image or self._image
+        claimed = await self._claimed(product, user_id, image)
+        if claimed is not None:
+            return claimed
+        newborn = Newborn.of(image, self._keyring)
+        pending = await self._written(self._intents.provision(product.product_id, user_id, newborn, _actor(product)))
         outcome = await self._ended(pending, self._boot_deadline())
         engine = await self._intents.engine_of_user(product.product_id, user_id)
         if outcome is not Outcome.SUCCEEDED or engine is None or engine.engine_id != pending.engine_id:
@@ -85,7 +95,7 @@ class Lifecycle:
     async def ensure(
         self, product: Product, user_id: str, *, auto_provision: bool, auto_wake: bool
     ) -> Engine | DenialReason:
-        """The user's running engine, made or woken if allowed, or why there is none.
+        """The user's running engine, from the warm pool, made or woken if allowed, or why there is none.
 
         Joins whatever boot of the engine is under way, whoever began it.
 
@@ -93,9 +103,15 @@ class Lifecycle:
             InvalidRequest, PolicyDenied, QuotaExceeded, PortExhaustion, BackendError, BootTimeout, Unavailable.
         """
         check_user_id(user_id)
-        newborn = self._newborn(self._image) if auto_provision else None
+        newborn = Newborn.of(self._image, self._keyring) if auto_provision else None
         deadline = self._boot_deadline()
         while True:
+            if newborn is not None:
+                # Another call may be first: then it made what this one finds next.
+                with suppress(EngineAlreadyExists):
+                    claimed = await self._claimed(product, user_id, newborn.image)
+                    if claimed is not None:
+                        return claimed
             answer = await self._written(
                 self._intents.ensure(product.product_id, user_id, newborn, _actor(product), auto_wake=auto_wake)
             )
@@ -182,9 +198,8 @@ class Lifecycle:
         except TimeoutError as error:
             raise Unavailable("user_id: the engine is still being removed", retry_after_s=5) from error
 
-    def _newborn(self, image: str) -> Newborn:
-        engine_id = uuid4()
-        return Newborn(engine_id, image, self._keyring.encrypt(engine_id, new_engine_key()))
+    async def _claimed(self, product: Product, user_id: str, image: str) -> Engine | None:
+        return await self._written(self._pool.claim(image, product.product_id, user_id, _actor(product)))
 
     def _boot_deadline(self) -> float:
         return time.monotonic() + self._boot_timeout_s + _UNDO_S

@@ -56,6 +56,13 @@ class ProvisionerSettings(CommonSettings):
     port_min: int = Field(9001, ge=1024, le=65535, description="Lowest port that an engine may get.")
     port_max: int = Field(9999, ge=1024, le=65535, description="Highest port that an engine may get.")
     boot_concurrency: int = Field(8, ge=1, le=256, description="Most engines that one Provisioner boots at once.")
+    warm_pool_size: int = Field(
+        0,
+        ge=0,
+        le=256,
+        description="Engines of the platform's own image that are kept booted ahead, for users yet to come;"
+        " 2 if `september up` is told nothing.",
+    )
     health_check_timeout_s: float = Field(
         10, gt=0, le=300, description="How long an engine may take to answer a probe."
     )

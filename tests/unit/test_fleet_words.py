@@ -27,7 +27,7 @@ from services.shared.errors import InvalidRequest
 )
 def test_more_than_a_fifth_failed_is_critical(failed: int, others: int, health: FleetHealth) -> None:
     counts = dict.fromkeys(EngineStatus, 0) | {EngineStatus.FAILED: failed, EngineStatus.RUNNING: others}
-    status = FleetStatus(counts)
+    status = FleetStatus(counts, warm_pool=None)
     assert (status.total, status.unhealthy, status.health) == (failed + others, failed, health)
 
 

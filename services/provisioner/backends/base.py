@@ -91,6 +91,9 @@ class Backend(Protocol):
     async def inspect(self, engine_id: UUID) -> Instance | None:
         """What there is of this engine; None for nothing."""
 
+    async def is_current(self, engine_id: UUID, image: str) -> bool:
+        """Whether the instance runs, and was made of what the image's name stands for now."""
+
     async def stop(self, engine_id: UUID, *, grace_s: float) -> None:
         """SIGTERM, then SIGKILL after `grace_s` seconds. The instance and its volume are kept."""
 

@@ -39,6 +39,7 @@ class _Container:
     """What has the name of an engine's container; `instance` is None if it isn't ours."""
 
     id: str
+    image_id: str
     instance: Instance | None
 
 
@@ -100,6 +101,9 @@ class DockerBackend:
     async def inspect(self, engine_id: UUID) -> Instance | None:
         found = await self._run(lambda: self._look(engine_id), engine_id)
         return found.instance if found else None
+
+    async def is_current(self, engine_id: UUID, image: str) -> bool:
+        return await self._run(lambda: self._is_current(engine_id, image), engine_id)
 
     async def stop(self, engine_id: UUID, *, grace_s: float) -> None:
         await self._run(lambda: self._signal(engine_id, "SIGTERM"), engine_id)
@@ -205,6 +209,16 @@ class DockerBackend:
                     raise PortTaken from exc
                 raise
 
+    def _is_current(self, engine_id: UUID, image: str) -> bool:
+        found = self._look(engine_id)
+        if found is None or found.instance is None or found.instance.state is not InstanceState.RUNNING:
+            return False
+        try:
+            current = self._api.inspect_image(image)["Id"]  # type: ignore[no-untyped-call]
+        except NotFound:
+            return False
+        return bool(found.image_id == current)
+
     def _signal(self, engine_id: UUID, signal: str) -> None:
         found = self._look(engine_id)
         if found is None or found.instance is None:
@@ -281,7 +295,8 @@ class DockerBackend:
             found = self._api.inspect_container(container_name(engine_id))
         except NotFound:
             return None
-        return _Container(found["Id"], self._template.instance(found["Config"]["Labels"], found["State"]["Status"]))
+        instance = self._template.instance(found["Config"]["Labels"], found["State"]["Status"])
+        return _Container(found["Id"], found["Image"], instance)
 
     def _volume_owner(self, engine_id: UUID) -> str | None:
         """Installation of the engine's volume, empty if it has no label; None if there is no volume."""

@@ -79,6 +79,11 @@ class ProcessBackend:
     async def inspect(self, engine_id: UUID) -> Instance | None:
         return await self._run(lambda: self._inspect(engine_id), engine_id)
 
+    async def is_current(self, engine_id: UUID, image: str) -> bool:
+        # A module has no versions: what runs is what was asked for.
+        instance = await self.inspect(engine_id)
+        return instance is not None and instance.state is InstanceState.RUNNING
+
     async def stop(self, engine_id: UUID, *, grace_s: float) -> None:
         if await self._run(lambda: self._terminate(engine_id), engine_id):
             await await_exit(self.inspect, engine_id, grace_s=grace_s)

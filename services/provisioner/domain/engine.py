@@ -36,11 +36,9 @@ class Sighting:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """One row of `engines`, with its port."""
+    """One row of `engines`, with its port; whose it is, those who ask know."""
 
     engine_id: UUID
-    product_id: UUID
-    user_id: str
     status: EngineStatus
     image: str
     generation: int

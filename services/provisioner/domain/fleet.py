@@ -40,10 +40,23 @@ class FleetHealth(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class WarmPoolFill:
+    """How many engines of the warm pool are ready, and how many are booting."""
+
+    ready: int
+    booting: int
+
+
+@dataclass(frozen=True, slots=True)
 class FleetStatus:
-    """How many engines there are in each status."""
+    """How many engines there are in each status; the warm pool's, which are nobody's, are not among them.
+
+    Args:
+        warm_pool: how full the pool is; None for a product, which has no part in it.
+    """
 
     by_status: Mapping[EngineStatus, int]
+    warm_pool: WarmPoolFill | None
 
     @property
     def total(self) -> int:
@@ -76,6 +89,7 @@ class FleetMetrics:
     past_hour: PastHour
     total_provisions: int
     total_destroys: int
+    total_claims: int
 
 
 @dataclass(frozen=True, slots=True)

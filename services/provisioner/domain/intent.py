@@ -1,7 +1,10 @@
 """What an intent is made of, and what comes of it."""
 
 from dataclasses import dataclass, field
-from uuid import UUID
+from typing import Self
+from uuid import UUID, uuid4
+
+from services.shared.keys import EngineKeyring, new_engine_key
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,6 +14,12 @@ class Newborn:
     engine_id: UUID
     image: str
     encrypted_key: bytes = field(repr=False)
+
+    @classmethod
+    def of(cls, image: str, keyring: EngineKeyring) -> Self:
+        """One that is to run this image, with an id and a key of its own."""
+        engine_id = uuid4()
+        return cls(engine_id, image, keyring.encrypt(engine_id, new_engine_key()))
 
 
 @dataclass(frozen=True, slots=True)

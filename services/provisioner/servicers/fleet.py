@@ -41,12 +41,16 @@ class FleetServicer(FleetServiceServicer):
             by_status={str(name): n for name, n in status.by_status.items()},
             health=pb.GetFleetStatusResponse.Health.Value(status.health),
             unhealthy_count=status.unhealthy,
+            warm_pool=None
+            if status.warm_pool is None
+            else fleet_pb2.WarmPool(ready=status.warm_pool.ready, booting=status.warm_pool.booting),
         )
 
     async def GetFleetMetrics(
         self, request: pb.GetFleetMetricsRequest, context: ServicerContext[Any, Any]
     ) -> pb.GetFleetMetricsResponse:
-        metrics = await self._fleet.metrics(calling_scope())
+        scope = calling_scope()
+        metrics = await self._fleet.metrics(scope)
         return pb.GetFleetMetricsResponse(
             provisions_1h=metrics.past_hour.provisions,
             crashes_1h=metrics.past_hour.crashes,
@@ -54,6 +58,7 @@ class FleetServicer(FleetServiceServicer):
             avg_boot_ms=metrics.past_hour.avg_boot_ms,
             total_provisions=metrics.total_provisions,
             total_destroys=metrics.total_destroys,
+            total_claims=metrics.total_claims if scope is None else None,
         )
 
     async def GetEngineHistory(

@@ -29,7 +29,7 @@ class ProvisionerServicer(ProvisionerServiceServicer):
         engine = await self._lifecycle.provision(calling_product(), request.user_id, request.engine_version)
         return pb.ProvisionEngineResponse(
             engine_id=str(engine.engine_id),
-            user_id=engine.user_id,
+            user_id=request.user_id,
             status=engine_pb2.Engine.Status.Value(engine.status),
             url=engine.url,
             api_key=self._keyring.decrypt(engine.engine_id, engine.encrypted_key),
@@ -46,7 +46,7 @@ class ProvisionerServicer(ProvisionerServiceServicer):
         )
         if isinstance(answer, DenialReason):
             return pb.EnsureEngineResponse(denial=denial_pb2.Denial.Reason.Value(answer))
-        return pb.EnsureEngineResponse(engine=self._engine_message(answer))
+        return pb.EnsureEngineResponse(engine=self._engine_message(answer, request.user_id))
 
     async def StartEngine(
         self, request: pb.StartEngineRequest, context: ServicerContext[Any, Any]
@@ -97,10 +97,10 @@ class ProvisionerServicer(ProvisionerServiceServicer):
                 at=now,
             )
 
-    def _engine_message(self, engine: Engine) -> engine_pb2.Engine:
+    def _engine_message(self, engine: Engine, user_id: str) -> engine_pb2.Engine:
         return engine_pb2.Engine(
             engine_id=str(engine.engine_id),
-            user_id=engine.user_id,
+            user_id=user_id,
             status=engine_pb2.Engine.Status.Value(engine.status),
             url=engine.url,
             api_key=self._keyring.decrypt(engine.engine_id, engine.encrypted_key),

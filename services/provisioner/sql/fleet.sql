@@ -3,7 +3,7 @@ SELECT *
 FROM (
     SELECT engine_id, product_id, user_id, status, url, image, created_at, last_health_at
     FROM engines
-    WHERE {after}
+    WHERE {after} AND product_id IS NOT NULL
     ORDER BY {order}
     OFFSET %(offset)s
     LIMIT %(limit)s
@@ -13,6 +13,10 @@ ORDER BY {order}
 
 -- name: counts
 SELECT name, sum(n)::bigint AS n FROM counts WHERE {scope} GROUP BY name
+
+-- name: warm_pool
+SELECT count(*) FILTER (WHERE status = 'running') AS ready, count(*) FILTER (WHERE status = 'provisioning') AS booting
+FROM engines WHERE product_id IS NULL
 
 -- name: past_hour
 -- The long condition is that of the indexes, word for word.

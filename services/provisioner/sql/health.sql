@@ -1,8 +1,9 @@
 -- name: running_engines
--- Those that are as they should stay: an open operation decides for itself.
+-- Those that are as they should stay: an open operation decides for itself, and the warm pool for
+-- its members.
 SELECT engine_id, url, health_failures AS failures, status_since AS since
 FROM engines
-WHERE node = %(node)s AND status = 'running'
+WHERE node = %(node)s AND status = 'running' AND product_id IS NOT NULL
     AND NOT EXISTS (SELECT FROM operations o WHERE o.engine_id = engines.engine_id AND finished_at IS NULL)
 
 -- name: mark_well

@@ -110,7 +110,7 @@ RETURNING operation_id, kind, outcome, error_code, error_message
 
 -- name: insert_audit_event
 -- The outcome is `requested` for an open operation. Automatic restarts have actions of their own,
--- one for each thing that may come of them.
+-- one for each thing that may come of them. What happens to members of the warm pool is nobody's.
 INSERT INTO audit_events (action, actor, outcome, product_id, engine_id, user_id, duration_ms, error_code, detail)
 SELECT
     CASE kind
@@ -124,9 +124,9 @@ SELECT
     actor, coalesce(outcome, 'requested'), product_id, engine_id, user_id,
     (extract(epoch FROM finished_at - created_at) * 1000)::integer, error_code,
     coalesce(%(detail)s, error_message, CASE WHEN kind = 'deep_sleep' THEN 'stopped to free its memory' END)
-FROM operations WHERE operation_id = %(operation_id)s
+FROM operations WHERE operation_id = %(operation_id)s AND product_id IS NOT NULL
 
 -- name: insert_gave_up_event
 INSERT INTO audit_events (action, actor, outcome, product_id, engine_id, user_id, error_code, detail)
 SELECT 'auto_restart_gave_up', actor, 'failed', product_id, engine_id, user_id, error_code, error_message
-FROM operations WHERE operation_id = %(operation_id)s
+FROM operations WHERE operation_id = %(operation_id)s AND product_id IS NOT NULL

@@ -56,8 +56,13 @@ FROM products
 WHERE product_id = %(product_id)s
 FOR NO KEY UPDATE
 
--- name: count_engines
-SELECT count(*) AS engines FROM engines WHERE product_id = %(product_id)s
+-- name: room
+-- To be asked under the product's lock: engines are added under it alone, and each is counted in
+-- the transaction that adds it, so that the sum is what there is, and is read in no time.
+SELECT
+    coalesce((SELECT sum(n) FROM counts WHERE product_id = %(product_id)s AND name LIKE 'engines:%%'), 0)::bigint
+        AS engines,
+    EXISTS (SELECT FROM engines WHERE product_id = %(product_id)s AND user_id = %(user_id)s) AS exists
 
 -- name: insert_audit_event
 INSERT INTO audit_events (action, actor, outcome, product_id, detail)

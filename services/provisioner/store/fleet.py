@@ -8,7 +8,7 @@ from typing import LiteralString
 from uuid import UUID
 
 from services.provisioner.domain.engine import EngineStatus
-from services.provisioner.domain.fleet import EngineReport, EngineSummary, PastHour
+from services.provisioner.domain.fleet import EngineReport, EngineSummary, PastHour, WarmPoolFill
 from services.provisioner.store.keyset import page
 from services.provisioner.store.rows import load_sql
 from services.shared.postgres import Database
@@ -55,6 +55,14 @@ class FleetStore:
         async with self._database.connection() as connection:
             cursor = await connection.execute(_scoped("counts", product_id), {"product_id": product_id})
             return {row["name"]: row["n"] for row in await cursor.fetchall()}
+
+    async def warm_pool(self) -> WarmPoolFill:
+        """The pools of all nodes together."""
+        async with self._database.connection() as connection:
+            cursor = await connection.execute(_SQL["warm_pool"])
+            row = await cursor.fetchone()
+            assert row is not None, "an aggregate has a row"
+            return WarmPoolFill(**row)
 
     async def past_hour(self, product_id: UUID | None) -> PastHour:
         async with self._database.connection() as connection:

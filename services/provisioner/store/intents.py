@@ -188,17 +188,20 @@ class IntentStore:
             engine = await _engine_of_user(tx, product_id, user_id)
             if engine is None or only not in (None, engine.engine_id) or not await _lock_engine(tx, engine.engine_id):
                 raise EngineNotFound
-            engine_id = engine.engine_id
-            operation = await _open_operation(tx, engine_id, lock=True)
-            if operation is not None and operation.kind is OperationKind.DESTROY:
-                return Pending(operation.operation_id, engine_id)
-            if operation is not None and not operation.unowned:
-                await _set_status(tx, engine_id, EngineStatus.DESTROYING)
-                await _request_cancel(tx, operation.operation_id, actor)
-                return Pending(operation.operation_id, engine_id)
-            if operation is not None:
-                await finish_operation(tx, operation.operation_id, Outcome.CANCELLED)
-            return await self._begin(tx, engine_id, OperationKind.DESTROY, actor)
+            return await self.begin_destroy(tx, engine.engine_id, actor)
+
+    async def begin_destroy(self, tx: Connection, engine_id: UUID, actor: str) -> Pending:
+        """As `destroy`, of an engine whose row the transaction has locked."""
+        operation = await _open_operation(tx, engine_id, lock=True)
+        if operation is not None and operation.kind is OperationKind.DESTROY:
+            return Pending(operation.operation_id, engine_id)
+        if operation is not None and not operation.unowned:
+            await _set_status(tx, engine_id, EngineStatus.DESTROYING)
+            await _request_cancel(tx, operation.operation_id, actor)
+            return Pending(operation.operation_id, engine_id)
+        if operation is not None:
+            await finish_operation(tx, operation.operation_id, Outcome.CANCELLED)
+        return await self._begin(tx, engine_id, OperationKind.DESTROY, actor)
 
     async def _ask_to_yield(self, tx: Connection, operation: OpenOperation, actor: str) -> None:
         if operation.kind in YIELDS:
@@ -214,19 +217,46 @@ class IntentStore:
         return Pending(await insert_operation(tx, engine_id, kind, actor, reason), engine_id)
 
     async def _provision(self, tx: Connection, product_id: UUID, user_id: str, newborn: Newborn, actor: str) -> Pending:
-        cursor = await tx.execute(_PRODUCTS["lock_product"], {"product_id": product_id})
+        await self.check_room(tx, product_id, user_id, newborn.image)
+        return await self.add(tx, newborn, actor, product_id=product_id, user_id=user_id)
+
+    async def check_room(self, tx: Connection, product_id: UUID, user_id: str, image: str) -> None:
+        """Locks the product, so that until the transaction's end nobody else adds an engine to it.
+
+        Raises:
+            InvalidRequest, PolicyDenied, EngineAlreadyExists, QuotaExceeded: it may not have one more,
+            of this image, for this user.
+        """
+        values = {"product_id": product_id, "user_id": user_id}
+        cursor = await tx.execute(_PRODUCTS["lock_product"], values)
         row = await cursor.fetchone()
         if row is None:
             raise ProductNotFound
         policy = to_product(row).policy
-        check_image(newborn.image, policy, self._platform_image)
-        if await _engine_of_user(tx, product_id, user_id) is not None:
+        check_image(image, policy, self._platform_image)
+        # A statement of its own: it sees what was added while the lock was waited for.
+        cursor = await tx.execute(_PRODUCTS["room"], values)
+        room = await cursor.fetchone()
+        assert room is not None, "an aggregate has a row"
+        if room["exists"]:
             raise EngineAlreadyExists("user_id: the user has an engine already")
-        cursor = await tx.execute(_PRODUCTS["count_engines"], {"product_id": product_id})
-        count = await cursor.fetchone()
-        assert count is not None
-        if count["engines"] >= policy.max_engines:
-            raise QuotaExceeded(f"the product has {count['engines']} of at most {policy.max_engines} engines")
+        if room["engines"] >= policy.max_engines:
+            raise QuotaExceeded(f"the product has {room['engines']} of at most {policy.max_engines} engines")
+
+    async def add(
+        self,
+        tx: Connection,
+        newborn: Newborn,
+        actor: str,
+        *,
+        product_id: UUID | None = None,
+        user_id: str | None = None,
+    ) -> Pending:
+        """Writes the row, the port and the operation of an engine; without an owner it is one of the warm pool.
+
+        Raises:
+            PortExhaustion: no port of the node is free.
+        """
         values: dict[str, Any] = {
             "engine_id": newborn.engine_id,
             "product_id": product_id,

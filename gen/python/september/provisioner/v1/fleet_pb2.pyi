@@ -11,10 +11,10 @@ import builtins as _builtins
 import sys
 import typing as _typing
 
-if sys.version_info >= (3, 10):
-    from typing import TypeAlias as _TypeAlias
+if sys.version_info >= (3, 11):
+    from typing import TypeAlias as _TypeAlias, Never as _Never
 else:
-    from typing_extensions import TypeAlias as _TypeAlias
+    from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
@@ -73,6 +73,32 @@ class EngineSummary(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__product_id) -> _WhichOneofReturnType__product_id | None: ...
 
 Global___EngineSummary: _TypeAlias = EngineSummary  # noqa: Y015
+
+@_typing.final
+class WarmPool(_message.Message):
+    """Engines that were booted ahead and belong to nobody yet."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    READY_FIELD_NUMBER: _builtins.int
+    BOOTING_FIELD_NUMBER: _builtins.int
+    ready: _builtins.int
+    """How many are ready to be handed out."""
+    booting: _builtins.int
+    """How many are booting."""
+    def __init__(
+        self,
+        *,
+        ready: _builtins.int = ...,
+        booting: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["booting", b"booting", "ready", b"ready"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WarmPool: _TypeAlias = WarmPool  # noqa: Y015
 
 @_typing.final
 class AuditEvent(_message.Message):

@@ -173,6 +173,7 @@ class GetFleetStatusResponse(_message.Message):
     BY_STATUS_FIELD_NUMBER: _builtins.int
     HEALTH_FIELD_NUMBER: _builtins.int
     UNHEALTHY_COUNT_FIELD_NUMBER: _builtins.int
+    WARM_POOL_FIELD_NUMBER: _builtins.int
     total: _builtins.int
     """How many engines there are."""
     health: Global___GetFleetStatusResponse.Health.ValueType
@@ -183,6 +184,10 @@ class GetFleetStatusResponse(_message.Message):
     def by_status(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """How many there are in each status, by its name."""
 
+    @_builtins.property
+    def warm_pool(self) -> _fleet_pb2.WarmPool:
+        """The warm pool, which counts in nothing above; only operators see it."""
+
     def __init__(
         self,
         *,
@@ -190,10 +195,11 @@ class GetFleetStatusResponse(_message.Message):
         by_status: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         health: Global___GetFleetStatusResponse.Health.ValueType = ...,
         unhealthy_count: _builtins.int = ...,
+        warm_pool: _fleet_pb2.WarmPool | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["warm_pool", b"warm_pool"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_status", b"by_status", "health", b"health", "total", b"total", "unhealthy_count", b"unhealthy_count"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["by_status", b"by_status", "health", b"health", "total", b"total", "unhealthy_count", b"unhealthy_count", "warm_pool", b"warm_pool"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -228,6 +234,7 @@ class GetFleetMetricsResponse(_message.Message):
     AVG_BOOT_MS_FIELD_NUMBER: _builtins.int
     TOTAL_PROVISIONS_FIELD_NUMBER: _builtins.int
     TOTAL_DESTROYS_FIELD_NUMBER: _builtins.int
+    TOTAL_CLAIMS_FIELD_NUMBER: _builtins.int
     provisions_1h: _builtins.int
     """Engines made in the past hour."""
     crashes_1h: _builtins.int
@@ -242,6 +249,8 @@ class GetFleetMetricsResponse(_message.Message):
     """Engines ever made."""
     total_destroys: _builtins.int
     """Engines ever destroyed."""
+    total_claims: _builtins.int
+    """How many of the engines ever made came from the warm pool; only operators see it."""
     def __init__(
         self,
         *,
@@ -251,12 +260,15 @@ class GetFleetMetricsResponse(_message.Message):
         avg_boot_ms: _builtins.float = ...,
         total_provisions: _builtins.int = ...,
         total_destroys: _builtins.int = ...,
+        total_claims: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_total_claims", b"_total_claims", "total_claims", b"total_claims"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["avg_boot_ms", b"avg_boot_ms", "crashes_1h", b"crashes_1h", "provisions_1h", b"provisions_1h", "restarts_1h", b"restarts_1h", "total_destroys", b"total_destroys", "total_provisions", b"total_provisions"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_total_claims", b"_total_claims", "avg_boot_ms", b"avg_boot_ms", "crashes_1h", b"crashes_1h", "provisions_1h", b"provisions_1h", "restarts_1h", b"restarts_1h", "total_claims", b"total_claims", "total_destroys", b"total_destroys", "total_provisions", b"total_provisions"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__total_claims: _TypeAlias = _typing.Literal["total_claims"]  # noqa: Y015
+    _WhichOneofArgType__total_claims: _TypeAlias = _typing.Literal["_total_claims", b"_total_claims"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__total_claims) -> _WhichOneofReturnType__total_claims | None: ...
 
 Global___GetFleetMetricsResponse: _TypeAlias = GetFleetMetricsResponse  # noqa: Y015
 

@@ -1,0 +1,185 @@
+"""Keeps engines booted ahead, and hands them out.
+
+Invariant: a member is handed out once, and only just after it was found running and well. The look
+comes first and the claim, on the condition that it is a member still, after it: until then nobody
+sees it as anybody's engine, and one that was found dead never was one. What is claimed never comes
+back.
+
+Filling and draining are led by one Provisioner of the node, because two may differ in what they are
+told; that it does not overfill rests on the registry's lock, and not on who leads.
+"""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Protocol
+from uuid import UUID
+
+import structlog
+
+from services.provisioner.backends.base import Backend
+from services.provisioner.domain.engine import Engine, EngineStatus
+from services.provisioner.domain.health import prober_is_ill
+from services.provisioner.domain.intent import Newborn
+from services.provisioner.domain.warm_pool import Member
+from services.provisioner.ports import EngineClient
+from services.shared.errors import ServiceError
+from services.shared.loops import Pulse
+
+log = structlog.get_logger(__name__)
+
+_POLL_S = 1.0
+# How often members are looked at, and how long one may take to answer: no user waits for it yet, so
+# one that is slow is not worth keeping.
+_LOOK_EVERY_S = 5.0
+_ANSWER_S = 1.0
+# A caller who has waited for so long is better served by a boot.
+_SEARCH_S = 2.0
+_LEASE_S = 10.0
+_FAILED = EngineStatus.FAILED
+
+
+class Members(Protocol):
+    """The pool in the registry; see the store for the transactions."""
+
+    async def members(self) -> list[Member]: ...
+    async def candidates(self, image: str, product_id: UUID, user_id: str) -> list[Member]: ...
+    async def claim(
+        self, member: Member, product_id: UUID, user_id: str, actor: str, *, duration_ms: int
+    ) -> Engine | None: ...
+    async def refill(self, make: Callable[[], Newborn], *, size: int, most_booting: int) -> bool: ...
+    async def drop(self, member: Member) -> None: ...
+
+
+class Lease(Protocol):
+    async def hold(self, lease_s: float) -> int | None: ...
+
+
+class WarmPool:
+    """Args:
+    members: the pool in the registry.
+    backend: knows what runs.
+    engines: asks engines how they are.
+    lease: lets one process at a time fill and drain.
+    make: makes a member that is to be booted.
+    image: what members run; those of another are drained.
+    size: how many members there are to be.
+    most_booting: how many of them may be booting at once.
+    """
+
+    def __init__(
+        self,
+        members: Members,
+        backend: Backend,
+        engines: EngineClient,
+        lease: Lease,
+        make: Callable[[], Newborn],
+        *,
+        image: str,
+        size: int,
+        most_booting: int,
+    ) -> None:
+        self._members = members
+        self._backend = backend
+        self._engines = engines
+        self._lease = lease
+        self._make = make
+        self._image = image
+        self._size = size
+        self._most_booting = most_booting
+        self._held: set[UUID] = set()
+        self._look_at = 0.0
+        self._pulse = Pulse()
+
+    async def claim(self, image: str, product_id: UUID, user_id: str, actor: str) -> Engine | None:
+        """A member that is the user's engine from now on; None if there is none to hand out, or the user has one.
+
+        Raises:
+            InvalidRequest, PolicyDenied, EngineAlreadyExists, QuotaExceeded, Unavailable.
+        """
+        if not self._size:
+            return None
+        begun = time.monotonic()
+        for member in await self._members.candidates(image, product_id, user_id):
+            if member.engine_id in self._held:
+                continue  # Another caller is at it.
+            self._held.add(member.engine_id)
+            try:
+                try:
+                    async with asyncio.timeout(_SEARCH_S - (time.monotonic() - begun)):
+                        fit = all(await self._look(member))
+                except (TimeoutError, ServiceError):
+                    return None  # The backend says nothing: a boot waits until it does.
+                if fit:
+                    duration_ms = round((time.monotonic() - begun) * 1000)
+                    engine = await self._members.claim(member, product_id, user_id, actor, duration_ms=duration_ms)
+                    if engine is not None:
+                        return engine
+                else:
+                    await self._drop(member, "it was not fit to be handed out")
+            finally:
+                self._held.discard(member.engine_id)
+                self._pulse.give()
+        return None
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self.tick()
+            except ServiceError as error:
+                log.warning("warm_pool_postponed", reason=error.message)
+            await self._pulse.wait(_POLL_S)
+
+    async def tick(self) -> None:
+        """Drains what is not to stay, and begins as many boots as there is room for.
+
+        Raises:
+            PortExhaustion: there is no port for one more member.
+            Unavailable: registry or backend can't be reached.
+        """
+        members = await self._members.members()
+        good = [one for one in members if one.image == self._image and one.status != _FAILED and not one.stuck]
+        kept = good[: self._size]
+        look = bool(kept) and time.monotonic() >= self._look_at
+        complete = len(members) == len(kept) == self._size
+        if (complete and not look) or await self._lease.hold(_LEASE_S) is None:
+            return
+        for member in members:
+            if member not in kept:
+                await self._drop(member, "it is not to stay")
+        if look:
+            self._look_at = time.monotonic() + _LOOK_EVERY_S
+            await self._examine([one for one in kept if one.status == EngineStatus.RUNNING])
+        while await self._members.refill(self._make, size=self._size, most_booting=self._most_booting):
+            pass
+
+    async def _examine(self, ready: list[Member]) -> None:
+        looks = await asyncio.gather(*(self._look(member) for member in ready))
+        ended = [member for member, (current, _) in zip(ready, looks, strict=True) if not current]
+        silent = [member for member, (current, well) in zip(ready, looks, strict=True) if current and not well]
+        for member in ended:
+            await self._drop(member, "it had ended, or its image is another now")
+        if prober_is_ill(len(silent), len(ready)):
+            return
+        for member in silent:
+            await self._drop(member, "it did not answer well")
+
+    async def _look(self, member: Member) -> tuple[bool, bool]:
+        """Whether it runs what its image's name stands for now, and whether it answers well.
+
+        The backend's word as well: something else might answer on its port.
+        """
+        return await asyncio.gather(
+            self._backend.is_current(member.engine_id, member.image), self._answers_well(member)
+        )
+
+    async def _answers_well(self, member: Member) -> bool:
+        try:
+            async with asyncio.timeout(_ANSWER_S):
+                return (await self._engines.health(member.url)).healthy
+        except TimeoutError:
+            return False
+
+    async def _drop(self, member: Member, reason: str) -> None:
+        log.info("warm_engine_dropped", engine_id=str(member.engine_id), reason=reason)
+        await self._members.drop(member)
