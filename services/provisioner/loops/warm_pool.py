@@ -11,7 +11,8 @@ told; that it does not overfill rests on the registry's lock, and not on who lea
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Protocol
 from uuid import UUID
 
@@ -35,7 +36,8 @@ _LOOK_EVERY_S = 5.0
 _ANSWER_S = 1.0
 # A caller who has waited for so long is better served by a boot.
 _SEARCH_S = 2.0
-_LEASE_S = 10.0
+# Held on from look to look: whoever is told otherwise would drain what this one fills.
+_LEASE_S = 3 * _LOOK_EVERY_S
 _FAILED = EngineStatus.FAILED
 
 
@@ -97,30 +99,35 @@ class WarmPool:
         Raises:
             InvalidRequest, PolicyDenied, EngineAlreadyExists, QuotaExceeded, Unavailable.
         """
-        if not self._size:
+        if not self._size or image != self._image:
             return None
         begun = time.monotonic()
         for member in await self._members.candidates(image, product_id, user_id):
             if member.engine_id in self._held:
                 continue  # Another caller is at it.
-            self._held.add(member.engine_id)
-            try:
+            with self._holding(member):
                 try:
                     async with asyncio.timeout(_SEARCH_S - (time.monotonic() - begun)):
                         fit = all(await self._look(member))
                 except (TimeoutError, ServiceError):
                     return None  # The backend says nothing: a boot waits until it does.
-                if fit:
-                    duration_ms = round((time.monotonic() - begun) * 1000)
-                    engine = await self._members.claim(member, product_id, user_id, actor, duration_ms=duration_ms)
-                    if engine is not None:
-                        return engine
-                else:
+                if not fit:
                     await self._drop(member, "it was not fit to be handed out")
-            finally:
-                self._held.discard(member.engine_id)
-                self._pulse.give()
+                    continue
+                duration_ms = round((time.monotonic() - begun) * 1000)
+                engine = await self._members.claim(member, product_id, user_id, actor, duration_ms=duration_ms)
+                if engine is not None:
+                    return engine
         return None
+
+    @contextmanager
+    def _holding(self, member: Member) -> Iterator[None]:
+        self._held.add(member.engine_id)
+        try:
+            yield
+        finally:
+            self._held.discard(member.engine_id)
+            self._pulse.give()
 
     async def run(self) -> None:
         while True:
@@ -138,10 +145,12 @@ class WarmPool:
             Unavailable: registry or backend can't be reached.
         """
         members = await self._members.members()
+        if not members and not self._size:
+            return
         good = [one for one in members if one.image == self._image and one.status != _FAILED and not one.stuck]
         kept = good[: self._size]
-        look = bool(kept) and time.monotonic() >= self._look_at
         complete = len(members) == len(kept) == self._size
+        look = time.monotonic() >= self._look_at
         if (complete and not look) or await self._lease.hold(_LEASE_S) is None:
             return
         for member in members:
