@@ -1,6 +1,7 @@
 """The warm pool's transactions against each other, on a real registry and without engines."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 from uuid import UUID, uuid4
@@ -55,11 +56,15 @@ class Pool:
 
     async def boot_all(self) -> None:
         """As if every boot had succeeded."""
-        await self.query("UPDATE operations SET outcome = 'succeeded', finished_at = clock_timestamp()")
-        await self.query("UPDATE engines SET status = 'running'")
+        await self.query(
+            "UPDATE operations SET outcome = 'succeeded', finished_at = clock_timestamp()"
+            " WHERE kind = 'provision' AND finished_at IS NULL"
+        )
+        await self.query("UPDATE engines SET status = 'running' WHERE status = 'provisioning'")
 
-    async def claim(self, member: Any, product_id: UUID, user_id: str) -> Any:
-        return await self.store.claim(member, product_id, user_id, "test", duration_ms=1)
+    async def claim(self, member: Any, product_id: UUID, user_id: str, fresh_s: float = 10) -> Any:
+        now = time.monotonic()
+        return await self.store.claim(member, product_id, user_id, "test", begun=now, fresh_until=now + fresh_s)
 
 
 @pytest.fixture
@@ -135,6 +140,15 @@ async def test_claims_and_boots_of_one_product_together_keep_its_quota(pool: Poo
         for row in await pool.query("SELECT count(*) FROM engines WHERE product_id = %s", product_id)
     ]
     assert owned == 10
+
+
+async def test_a_member_is_not_claimed_on_a_look_of_long_ago(pool: Pool) -> None:
+    product_id = await pool.product(10)
+    await pool.refill(1)
+    await pool.boot_all()
+    (member,) = await pool.store.candidates(IMAGE, product_id, "ada")
+    assert await pool.claim(member, product_id, "ada", fresh_s=-1) is None
+    assert await pool.claim(member, product_id, "ada") is not None
 
 
 async def test_a_user_who_has_an_engine_is_offered_none(pool: Pool) -> None:

@@ -34,6 +34,8 @@ _POLL_S = 1.0
 # one that is slow is not worth keeping.
 _LOOK_EVERY_S = 5.0
 _ANSWER_S = 1.0
+# How old a look may be when the claim has got the product's lock.
+_FRESH_S = 0.25
 # A caller who has waited for so long is better served by a boot.
 _SEARCH_S = 2.0
 # Held on from look to look: whoever is told otherwise would drain what this one fills.
@@ -47,7 +49,7 @@ class Members(Protocol):
     async def members(self) -> list[Member]: ...
     async def candidates(self, image: str, product_id: UUID, user_id: str) -> list[Member]: ...
     async def claim(
-        self, member: Member, product_id: UUID, user_id: str, actor: str, *, duration_ms: int
+        self, member: Member, product_id: UUID, user_id: str, actor: str, *, begun: float, fresh_until: float
     ) -> Engine | None: ...
     async def refill(self, make: Callable[[], Newborn], *, size: int, most_booting: int) -> bool: ...
     async def drop(self, member: Member) -> None: ...
@@ -106,6 +108,7 @@ class WarmPool:
             if member.engine_id in self._held:
                 continue  # Another caller is at it.
             with self._holding(member):
+                looked = time.monotonic()
                 try:
                     async with asyncio.timeout(_SEARCH_S - (time.monotonic() - begun)):
                         fit = all(await self._look(member))
@@ -114,8 +117,9 @@ class WarmPool:
                 if not fit:
                     await self._drop(member, "it was not fit to be handed out")
                     continue
-                duration_ms = round((time.monotonic() - begun) * 1000)
-                engine = await self._members.claim(member, product_id, user_id, actor, duration_ms=duration_ms)
+                engine = await self._members.claim(
+                    member, product_id, user_id, actor, begun=begun, fresh_until=looked + _FRESH_S
+                )
                 if engine is not None:
                     return engine
         return None

@@ -4,6 +4,7 @@ A member's row, key, volume and port are those that its user will have. Locks ar
 pool, product, engine, operation.
 """
 
+import time
 from collections.abc import Callable
 from uuid import UUID
 
@@ -49,7 +50,7 @@ class WarmPoolStore:
             return [Member(**row) for row in await cursor.fetchall()]
 
     async def claim(
-        self, member: Member, product_id: UUID, user_id: str, actor: str, *, duration_ms: int
+        self, member: Member, product_id: UUID, user_id: str, actor: str, *, begun: float, fresh_until: float
     ) -> Engine | None:
         """Makes the member the user's engine; None if it is somebody else's by now, or is being destroyed.
 
@@ -57,7 +58,9 @@ class WarmPoolStore:
         is yet to be made.
 
         Args:
-            duration_ms: for the history, how long it took from the user's request.
+            begun: when the user asked, on this process's monotonic clock, for the history.
+            fresh_until: when, on that clock, what was seen of the member says nothing any more: it is
+                left alone if the product's lock had to be waited for until then.
 
         Raises:
             InvalidRequest, PolicyDenied, EngineAlreadyExists, QuotaExceeded.
@@ -65,7 +68,10 @@ class WarmPoolStore:
         values = {"engine_id": member.engine_id, "product_id": product_id, "user_id": user_id, "actor": actor}
         async with self._database.transaction() as tx:
             await self._intents.check_room(tx, product_id, user_id, member.image)
-            cursor = await tx.execute(_SQL["claim"], {**values, "duration_ms": duration_ms})
+            now = time.monotonic()
+            if now > fresh_until:
+                return None
+            cursor = await tx.execute(_SQL["claim"], {**values, "duration_ms": round((now - begun) * 1000)})
             row = await cursor.fetchone()
             return None if row is None else to_engine(row)
 
