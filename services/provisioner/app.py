@@ -2,8 +2,8 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from uuid import UUID, uuid4
 
 import structlog
@@ -91,11 +91,13 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         url_of = _network_url if settings.engine_url_mode is UrlMode.NETWORK else _host_url
         owner = uuid4()
 
+        leases: list[LoopLease] = []
+        stack.push_async_callback(_release, leases)
+
         def lease(loop: str) -> LoopLease:
             """For a loop that one Provisioner of this node runs at a time."""
-            lease = LoopLease(database, f"{loop}:{settings.node}", owner)
-            stack.push_async_callback(_release, lease)
-            return lease
+            leases.append(LoopLease(database, f"{loop}:{settings.node}", owner))
+            return leases[-1]
 
         restarts = RestartPolicy(
             settings.restart_backoff_base_s, settings.restart_backoff_max_s, settings.restart_max_attempts
@@ -234,10 +236,11 @@ def _network_url(engine_id: UUID, port: int) -> str:
     return f"http://engine-{engine_id}:8000"
 
 
-async def _release(lease: LoopLease) -> None:
-    # It runs out by itself, if the registry is gone.
-    with suppress(Unavailable):
-        await lease.release()
+async def _release(leases: Sequence[LoopLease]) -> None:
+    # They run out by themselves, if the registry is gone; then it is waited for once, not by each.
+    for failure in await asyncio.gather(*(lease.release() for lease in leases), return_exceptions=True):
+        if isinstance(failure, BaseException) and not isinstance(failure, Unavailable):
+            raise failure
 
 
 async def _stop_engines(backend: Backend) -> None:

@@ -159,7 +159,8 @@ def test_a_part_that_dies_is_named_and_everything_ends(install: Install, victim:
     assert f"september: {name} was killed by SIGKILL; the end of {installation.var}/log/{name}.log:" in (
         installation.output.read_text()
     )
-    assert installation.processes() == []
+    # Without the Provisioner nobody ends engines; the next start takes them over.
+    assert installation.names() <= ({"engine"} if victim == "services.provisioner" else set())
 
 
 def test_a_database_that_dies_is_named_and_everything_ends(install: Install) -> None:
@@ -249,7 +250,8 @@ def test_a_given_database_is_used_and_left_running(install: Install, database_ur
     up.terminate()
     assert up.wait(DEADLINE_S) == 0
     with psycopg.connect(database_url) as connection:
-        assert connection.execute("SELECT user_id FROM engines").fetchall() == [("ada",)]
+        query = "SELECT user_id FROM engines WHERE user_id IS NOT NULL"
+        assert connection.execute(query).fetchall() == [("ada",)]
 
 
 def test_a_key_that_the_registry_does_not_know_is_replaced(install: Install) -> None:
