@@ -21,10 +21,11 @@ log = structlog.get_logger(__name__)
 
 # A boot taken over after its deadline gets one honest look at the engine before it is undone.
 _LAST_LOOK_S = 2.0
-_FIRST_PAUSE_S = 0.01
+_FIRST_PAUSE_S = 0.002
+_GROWTH = 1.2
 _LONGEST_PAUSE_S = 0.5
-# Probes are counted for those who watch once they come slowly enough to be seen.
-_SHOWN_PAUSE_S = 0.2
+# Probes are counted for those who watch, and ended engines noticed, once probes come so seldom.
+_SELDOM_S = 0.05
 
 
 class Boot:
@@ -60,6 +61,8 @@ class Boot:
         Raises:
             LeaseLost, GiveWay.
         """
+        if operation.kind is OperationKind.WAKE and await self._woken(operation, lease):
+            return None
         deadline = time.monotonic() + max(operation.seconds_left, _LAST_LOOK_S)
         pause = _FIRST_PAUSE_S
         ended_before = False
@@ -88,6 +91,22 @@ class Boot:
             else:
                 return None
 
+    async def _woken(self, operation: Operation, lease: Lease) -> bool:
+        """Thaws the engine; whether that was all that it took.
+
+        It is asked for its health while it is frozen still, and answers as soon as it can.
+        """
+        engine = await self._store.engine(operation.engine_id)
+        lease.check()
+        answer = asyncio.create_task(self._engines.health(engine.url))
+        try:
+            # It has had its port all the time: nothing else can answer there.
+            return _runs(await self._backend.thaw(engine.engine_id)) and (await answer).healthy
+        except ServiceError:
+            return False
+        finally:
+            answer.cancel()
+
     async def _attempt(self, operation: Operation, lease: Lease, deadline: float) -> None:
         engine = await self._store.engine(operation.engine_id)
         if engine.port is None:
@@ -96,7 +115,9 @@ class Boot:
                 raise PortExhaustion("no port is free for one more engine")
             raise PortTaken
         spec = self._spec(engine, engine.port)
-        instance = await self._backend.inspect(engine.engine_id)
+        # A new engine has but one generation: `create` and `start` find what is there by themselves.
+        new = operation.kind is OperationKind.PROVISION
+        instance = None if new else await self._backend.inspect(engine.engine_id)
         lease.check()
         alive = instance is not None and instance.state in (InstanceState.FROZEN, InstanceState.RUNNING)
         if instance is not None and alive and operation.kind is not OperationKind.ROTATE_KEY:
@@ -123,18 +144,19 @@ class Boot:
         pause = _FIRST_PAUSE_S
         for probes in count(1):
             health = await self._engines.health(engine.url)
+            seldom = pause >= _SELDOM_S
             # The backend's word as well: something else might answer on the engine's port.
-            if not _runs(await self._backend.inspect(engine.engine_id)):
+            if (health.healthy or seldom) and not _runs(await self._backend.inspect(engine.engine_id)):
                 raise _Ended
             if health.healthy:
                 return
             lease.check()
-            if pause >= _SHOWN_PAUSE_S:
+            if seldom:
                 await self._store.set_probes(operation, probes)
             if time.monotonic() + pause > deadline:
                 raise BootTimeout(f"the engine was not healthy within {self._boot_timeout_s:g} s")
             await asyncio.sleep(pause)
-            pause = min(pause * 1.5, _LONGEST_PAUSE_S)
+            pause = min(pause * _GROWTH, _LONGEST_PAUSE_S)
 
     def _spec(self, engine: Engine, port: int) -> EngineSpec:
         key = self._keyring.decrypt(engine.engine_id, engine.encrypted_key)

@@ -247,6 +247,31 @@ async def test_start_thaws_a_frozen_engine(rig: Rig) -> None:
     assert rig.incarnation(spec.engine_id) == life
 
 
+async def test_thaw_lets_an_engine_go_on_whoever_froze_it_and_says_what_there_is(rig: Rig) -> None:
+    first, second = await rig.backend(), await rig.backend()
+    spec = spec_for(rig)
+    running = Instance(spec.engine_id, 1, InstanceState.RUNNING)
+    assert await first.thaw(spec.engine_id) is None
+    await first.create(spec)
+    assert await first.thaw(spec.engine_id) == Instance(spec.engine_id, 1, InstanceState.CREATED)
+    await first.start(spec)
+    life = rig.incarnation(spec.engine_id)
+    assert await first.thaw(spec.engine_id) == running
+    for freezes, thaws in ((first, first), (first, second), (second, first)):
+        await freezes.freeze(spec.engine_id)
+        assert await thaws.thaw(spec.engine_id) == running
+        assert await thaws.inspect(spec.engine_id) == running
+    assert rig.incarnation(spec.engine_id) == life
+
+    # What the first has frozen last is another instance by now.
+    await second.remove(spec.engine_id, volume=False)
+    assert await first.thaw(spec.engine_id) is None
+    await second.create(spec)
+    await second.start(spec)
+    await second.freeze(spec.engine_id)
+    assert await first.thaw(spec.engine_id) == running
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 async def test_stop_lets_an_engine_end_by_itself(rig: Rig, frozen: bool) -> None:
     backend = await rig.backend()

@@ -103,8 +103,8 @@ class Backend(Protocol):
         Nothing is said of an instance that isn't running: look at it afterwards.
         """
 
-    async def thaw(self, engine_id: UUID) -> None:
-        """Lets a frozen instance go on; one that isn't frozen, or isn't there, is left alone."""
+    async def thaw(self, engine_id: UUID) -> Instance | None:
+        """Lets a frozen instance go on, one in any other state is left alone; returns what there is then."""
 
     async def usage(self, engine_id: UUID) -> Usage:
         """What the instance has used; nothing if it is not there."""

@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
@@ -82,6 +83,8 @@ class DockerBackend:
         self._timeout_s = timeout_s
         self._base_url = base_url
         self._client: APIClient | None = None
+        # What this process has frozen: found to be ours then, and labels never change.
+        self._frozen: dict[UUID, _Container] = {}
         self._threads = BackendThreads(threads, timeout_s)
 
     async def open(self) -> None:
@@ -113,8 +116,8 @@ class DockerBackend:
     async def freeze(self, engine_id: UUID) -> None:
         await self._run(lambda: self._freeze(engine_id), engine_id)
 
-    async def thaw(self, engine_id: UUID) -> None:
-        await self._run(lambda: self._thaw_engine(engine_id), engine_id)
+    async def thaw(self, engine_id: UUID) -> Instance | None:
+        return await self._run(lambda: self._thaw_engine(engine_id), engine_id)
 
     async def usage(self, engine_id: UUID) -> Usage:
         return await self._run(lambda: self._usage(engine_id), engine_id)
@@ -241,11 +244,19 @@ class DockerBackend:
             except APIError as exc:
                 if not is_conflict(exc):  # It has not ended, or been frozen, meanwhile.
                     raise
+            self._frozen[engine_id] = found
 
-    def _thaw_engine(self, engine_id: UUID) -> None:
+    def _thaw_engine(self, engine_id: UUID) -> Instance | None:
+        frozen = self._frozen.pop(engine_id, None)
+        if frozen is not None:
+            with suppress(APIError):  # Another process has dealt with it since.
+                self._api.unpause(frozen.id)
+                return frozen.instance  # It ran when it was found.
         found = self._look(engine_id)
-        if found is not None and found.instance is not None and found.instance.state is InstanceState.FROZEN:
-            self._thaw(found.id)
+        if found is None or found.instance is None or found.instance.state is not InstanceState.FROZEN:
+            return found.instance if found else None
+        self._thaw(found.id)
+        return replace(found.instance, state=InstanceState.RUNNING)
 
     def _usage(self, engine_id: UUID) -> Usage:
         found = self._look(engine_id)
@@ -266,6 +277,7 @@ class DockerBackend:
                 raise
 
     def _remove(self, engine_id: UUID, *, volume: bool) -> None:
+        self._frozen.pop(engine_id, None)
         found = self._look(engine_id)
         if found is not None and found.instance is not None:
             self._remove_container(found.id)

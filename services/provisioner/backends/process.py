@@ -92,8 +92,8 @@ class ProcessBackend:
     async def freeze(self, engine_id: UUID) -> None:
         await self._run(lambda: self._freeze(engine_id), engine_id)
 
-    async def thaw(self, engine_id: UUID) -> None:
-        await self._run(lambda: self._processes.signal_all(engine_id, signal.SIGCONT), engine_id)
+    async def thaw(self, engine_id: UUID) -> Instance | None:
+        return await self._run(lambda: self._thaw(engine_id), engine_id)
 
     async def usage(self, engine_id: UUID) -> Usage:
         return Usage(cpu_s=await self._run(lambda: self._processes.cpu_s(engine_id), engine_id), network_bytes=0)
@@ -186,6 +186,10 @@ class ProcessBackend:
             deadline = time.monotonic() + self._timeout_s
             while (found := self._processes.find(engine_id)) and not found.frozen and time.monotonic() < deadline:
                 time.sleep(_PAUSE_S)
+
+    def _thaw(self, engine_id: UUID) -> Instance | None:
+        self._processes.signal_all(engine_id, signal.SIGCONT)
+        return self._inspect(engine_id)
 
     def _terminate(self, engine_id: UUID) -> bool:
         found = self._processes.find(engine_id)
