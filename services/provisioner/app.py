@@ -185,9 +185,11 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         changes = Broadcast()
         watching = Watching(intents, changes)
 
-        def wake(_: str) -> None:
-            worker.wake()
-            watch.wake()
+        def wake(news: str) -> None:
+            if news in ("", "queued"):
+                worker.wake()
+            if news != "queued":
+                watch.wake()
             changes.give()
 
         # Before anybody is served: engines may have ended while nobody looked.

@@ -1,6 +1,7 @@
 """PostgreSQL for the services: a pool, transactions, and its errors in our terms."""
 
 import asyncio
+import select
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -51,7 +52,7 @@ class Database:
             max_waiting=2_000,
             # Short, or the pauses between attempts would outgrow the outage; the next call tries anew.
             reconnect_timeout=2,
-            check=AsyncConnectionPool.check_connection,
+            check=_check,
             connection_class=psycopg.AsyncConnection[DictRow],
             kwargs={**self._parameters, "row_factory": dict_row, "autocommit": True},
         )
@@ -108,6 +109,14 @@ class Database:
                         heard(notification.payload)
             log.warning("listener_disconnected", channel=channel)
             await asyncio.sleep(1)
+
+
+async def _check(connection: Connection) -> None:
+    """Asks PostgreSQL only if there is something to read: an idle connection says nothing but that it ends."""
+    poll = select.poll()
+    poll.register(connection.fileno(), select.POLLIN)
+    if poll.poll(0):
+        await AsyncConnectionPool.check_connection(connection)
 
 
 class _translated:  # noqa: N801 - used like a function

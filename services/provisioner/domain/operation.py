@@ -88,7 +88,6 @@ class Settled:
     """How an operation ended; `outcome` is None for one that was quarantined."""
 
     operation_id: UUID
-    kind: OperationKind
     outcome: Outcome | None
     error_code: str | None
     error_message: str | None

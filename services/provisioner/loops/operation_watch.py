@@ -19,6 +19,7 @@ from services.shared.loops import Pulse
 log = structlog.get_logger(__name__)
 
 _POLL_S = 0.5
+_LOOK_S = 0.05
 
 
 class Ends(Protocol):
@@ -44,7 +45,8 @@ class OperationWatch:
         """
         future: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
         self._waiting[operation_id].add(future)
-        self._pulse.give()
+        # It may have ended before anybody waited; seldom, and a moment later is soon enough.
+        asyncio.get_running_loop().call_later(_LOOK_S, self._pulse.give)
         try:
             async with asyncio.timeout(timeout_s):
                 return await future

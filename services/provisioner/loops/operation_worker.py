@@ -73,6 +73,8 @@ class OperationWorker:
         self._lease_s = lease_s
         self._settled = settled
         self._runs: dict[UUID, _Run] = {}
+        # Whether the last claim left any that wait.
+        self._more = True
         self._pulse = Pulse()
 
     def wake(self) -> None:
@@ -103,7 +105,9 @@ class OperationWorker:
         if room <= 0:
             return
         now = time.monotonic()
-        for operation in await self._queue.claim(room, self._runs):
+        claimed = await self._queue.claim(room, self._runs)
+        self._more = len(claimed) == room
+        for operation in claimed:
             lease = Lease(now + self._lease_s)
             task = asyncio.create_task(self._carry_out(operation, lease), name=f"operation {operation.kind}")
             self._runs[operation.operation_id] = _Run(operation, lease, task)
@@ -129,7 +133,8 @@ class OperationWorker:
                 self._settled(settled)
             finally:
                 self._runs.pop(operation.operation_id, None)
-                self._pulse.give()
+                if self._more:
+                    self._pulse.give()
 
     async def _postpone(self, operation: Operation, *, last: bool = False) -> None:
         # If this fails too, the lease runs out and the operation is taken up again.

@@ -9,7 +9,17 @@ FROM engines LEFT JOIN port_leases USING (engine_id, node)
 WHERE product_id = %(product_id)s AND user_id = %(user_id)s
 
 -- name: lock_engine
-SELECT engine_id FROM engines WHERE engine_id = %(engine_id)s FOR UPDATE
+-- The engine as it is once the lock was had; its port may be that from before the wait.
+SELECT engines.*, port
+FROM engines LEFT JOIN port_leases USING (engine_id, node)
+WHERE engine_id = %(engine_id)s
+FOR UPDATE OF engines
+
+-- name: lock_engine_of_user
+SELECT engines.*, port
+FROM engines LEFT JOIN port_leases USING (engine_id, node)
+WHERE product_id = %(product_id)s AND user_id = %(user_id)s
+FOR UPDATE OF engines
 
 -- name: insert_engine
 INSERT INTO engines (engine_id, product_id, user_id, status, image, node, url, encrypted_key)

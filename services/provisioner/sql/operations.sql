@@ -1,11 +1,15 @@
 -- name: insert_operation
-INSERT INTO operations (operation_id, engine_id, product_id, user_id, node, kind, actor)
-SELECT %(operation_id)s, engine_id, product_id, user_id, node, %(kind)s, %(actor)s
-FROM engines WHERE engine_id = %(engine_id)s
+WITH inserted AS (
+    INSERT INTO operations (operation_id, engine_id, product_id, user_id, node, kind, actor)
+    SELECT %(operation_id)s, engine_id, product_id, user_id, node, %(kind)s, %(actor)s
+    FROM engines WHERE engine_id = %(engine_id)s
+    RETURNING operations
+)
+SELECT audit_operation(operations, %(detail)s), pg_notify('operations', 'queued') FROM inserted
 
 -- name: notify
--- Wakes workers, and those who wait for an operation.
-SELECT pg_notify('operations', '')
+-- Wakes workers if something is `queued`, and otherwise those who wait for operations.
+SELECT pg_notify('operations', %(news)s)
 
 -- name: open_operation
 SELECT operation_id, kind, step,
@@ -22,7 +26,7 @@ FOR UPDATE
 
 -- name: settled_operations
 -- Those of the given operations that will not go on by themselves.
-SELECT operation_id, kind, outcome, error_code, error_message
+SELECT operation_id, outcome, error_code, error_message
 FROM operations
 WHERE operation_id = ANY(%(operation_ids)s) AND (finished_at IS NOT NULL OR quarantined_at IS NOT NULL)
 
@@ -93,38 +97,31 @@ SET owner = NULL, lease_until = NULL, quarantined_at = clock_timestamp(),
 WHERE operation_id = %(operation_id)s AND owner = %(owner)s AND finished_at IS NULL
 
 -- name: request_cancel
-UPDATE operations SET cancelled_by = %(actor)s WHERE operation_id = %(operation_id)s
+-- Told to the workers like work that is queued: its owner learns of it when it renews the lease.
+WITH changed AS (
+    UPDATE operations SET cancelled_by = %(actor)s WHERE operation_id = %(operation_id)s RETURNING operation_id
+)
+SELECT pg_notify('operations', 'queued') FROM changed
 
 -- name: hold_operation
--- While this lock is held nobody can take the operation over.
-SELECT cancelled_by FROM operations
+-- Locks the engine and then its operation, and reads them as they are once both locks were had.
+-- While they are held nobody can take the operation over.
+SELECT status, cancelled_by
+FROM operations JOIN engines USING (engine_id)
 WHERE operation_id = %(operation_id)s AND owner = %(owner)s AND finished_at IS NULL
-FOR UPDATE
+FOR UPDATE OF engines, operations
 
 -- name: finish_operation
-UPDATE operations
-SET outcome = %(outcome)s, error_code = %(error_code)s, error_message = %(error_message)s,
-    owner = NULL, lease_until = NULL, finished_at = clock_timestamp()
-WHERE operation_id = %(operation_id)s
-RETURNING operation_id, kind, outcome, error_code, error_message
-
--- name: insert_audit_event
--- The outcome is `requested` for an open operation. Automatic restarts have actions of their own,
--- one for each thing that may come of them. What happens to members of the warm pool is nobody's.
-INSERT INTO audit_events (action, actor, outcome, product_id, engine_id, user_id, duration_ms, error_code, detail)
-SELECT
-    CASE kind
-        WHEN 'restart' THEN CASE outcome
-            WHEN 'succeeded' THEN 'auto_restart_success'
-            WHEN 'failed' THEN 'auto_restart_failed'
-            WHEN 'cancelled' THEN 'auto_restart_failed'
-            ELSE 'auto_restart_start' END
-        WHEN 'deep_sleep' THEN 'sleep'
-        ELSE kind END,
-    actor, coalesce(outcome, 'requested'), product_id, engine_id, user_id,
-    (extract(epoch FROM finished_at - created_at) * 1000)::integer, error_code,
-    coalesce(%(detail)s, error_message, CASE WHEN kind = 'deep_sleep' THEN 'stopped to free its memory' END)
-FROM operations WHERE operation_id = %(operation_id)s AND product_id IS NOT NULL
+WITH finished AS (
+    UPDATE operations
+    SET outcome = %(outcome)s, error_code = %(error_code)s, error_message = %(error_message)s,
+        owner = NULL, lease_until = NULL, finished_at = clock_timestamp()
+    WHERE operation_id = %(operation_id)s
+    RETURNING *, operations
+)
+SELECT operation_id, outcome, error_code, error_message,
+    audit_operation(operations, NULL), pg_notify('operations', 'ended')
+FROM finished
 
 -- name: insert_gave_up_event
 INSERT INTO audit_events (action, actor, outcome, product_id, engine_id, user_id, error_code, detail)

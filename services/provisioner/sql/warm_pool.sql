@@ -38,9 +38,10 @@ SELECT claimed.*, port FROM claimed LEFT JOIN port_leases USING (engine_id, node
 
 -- name: lock_member
 -- No row if it has an owner by now, or is gone, or going.
-SELECT engine_id FROM engines
+SELECT engines.*, port
+FROM engines LEFT JOIN port_leases USING (engine_id, node)
 WHERE engine_id = %(engine_id)s AND product_id IS NULL AND status <> 'destroying'
-FOR UPDATE
+FOR UPDATE OF engines
 
 -- name: lock_pool
 SELECT pg_advisory_xact_lock(hashtextextended('warm_pool:' || %(node)s, 0))

@@ -79,7 +79,7 @@ class HealthStore:
         await tx.execute(_HEALTH["insert_audit_event"], {**values, "action": AuditAction.HEALTH_FAILED})
         if row["given_up"]:
             await tx.execute(_HEALTH["insert_audit_event"], {**values, "action": AuditAction.AUTO_RESTART_GAVE_UP})
-        await tx.execute(_OPERATIONS["notify"])
+        await tx.execute(_OPERATIONS["notify"], {"news": "failed"})
 
     async def due_restarts(self, limit: int) -> list[UUID]:
         """Failed engines whose next restart is due, the longest waiting first."""

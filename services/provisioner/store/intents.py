@@ -87,24 +87,20 @@ class IntentStore:
         """
         async with self._database.transaction() as tx:
             while True:
-                engine = await _engine_of_user(tx, product_id, user_id)
+                engine = await _lock_engine_of_user(tx, product_id, user_id)
                 if engine is not None:
-                    if await _lock_engine(tx, engine.engine_id):
-                        return await self._ensure(
-                            tx, engine.engine_id, actor, may_provision=newborn is not None, wake=auto_wake
-                        )
-                elif newborn is None:
+                    return await self._ensure(tx, engine, actor, may_provision=newborn is not None, wake=auto_wake)
+                if newborn is None:
                     return DenialReason.ENGINE_NOT_FOUND
-                else:
-                    # Another call may be first while this one waits for the product's lock.
-                    with suppress(EngineAlreadyExists):
-                        return await self._provision(tx, product_id, user_id, newborn, actor)
+                # Another call may be first while this one waits for the product's lock.
+                with suppress(EngineAlreadyExists):
+                    return await self._provision(tx, product_id, user_id, newborn, actor)
 
     async def _ensure(
-        self, tx: Connection, engine_id: UUID, actor: str, *, may_provision: bool, wake: bool
+        self, tx: Connection, engine: Engine, actor: str, *, may_provision: bool, wake: bool
     ) -> Engine | DenialReason | Pending:
-        # Read again: the row's lock may have been waited for.
-        engine = await _engine(tx, engine_id)
+        """The same for an engine that is there, read under its lock."""
+        engine_id = engine.engine_id
         operation = await _open_operation(tx, engine_id)
         if engine.status is EngineStatus.DESTROYING:
             if operation is None or not may_provision:
@@ -118,7 +114,7 @@ class IntentStore:
                 await tx.execute(_ENGINES["note_admit"], {"engine_id": engine_id})
                 return engine
             case EngineStatus.SLEEPING if wake and operation is None:
-                return await self._begin(tx, engine_id, OperationKind.WAKE, actor)
+                return await self._begin(tx, engine, OperationKind.WAKE, actor)
             case EngineStatus.SLEEPING if wake and operation is not None:
                 await self._ask_to_yield(tx, operation, actor)
                 return Pending(operation.operation_id, engine_id, joined=False)
@@ -137,11 +133,8 @@ class IntentStore:
             EngineNotFound, EngineAlreadyRunning, EngineNotRunning: not from the engine's status.
         """
         async with self._database.transaction() as tx:
-            engine = await _engine_of_user(tx, product_id, user_id)
-            if engine is None or not await _lock_engine(tx, engine.engine_id):
-                raise EngineNotFound
-            engine = await _engine(tx, engine.engine_id)
-            if engine.status is EngineStatus.DESTROYING:
+            engine = await _lock_engine_of_user(tx, product_id, user_id)
+            if engine is None or engine.status is EngineStatus.DESTROYING:
                 raise EngineNotFound
             operation = await _open_operation(tx, engine.engine_id, lock=True)
             if operation is not None:
@@ -150,7 +143,7 @@ class IntentStore:
                 await self._ask_to_yield(tx, operation, actor)
                 return Pending(operation.operation_id, engine.engine_id, joined=False)
             check_begin(kind, engine.status)
-            return await self._begin(tx, engine.engine_id, kind, actor)
+            return await self._begin(tx, engine, kind, actor)
 
     async def begin(
         self, engine_id: UUID, kind: OperationKind, expected: EngineStatus, *, reason: str | None = None
@@ -165,12 +158,10 @@ class IntentStore:
         open: then that one decides.
         """
         async with self._database.transaction() as tx:
-            if not await _lock_engine(tx, engine_id):
+            engine = await _lock_engine(tx, engine_id)
+            if engine is None or engine.status is not expected or await _open_operation(tx, engine_id) is not None:
                 return None
-            engine = await _engine(tx, engine_id)
-            if engine.status is not expected or await _open_operation(tx, engine_id) is not None:
-                return None
-            return await self._begin(tx, engine_id, kind, SYSTEM, reason)
+            return await self._begin(tx, engine, kind, SYSTEM, reason)
 
     async def destroy(self, product_id: UUID, user_id: str, actor: str, *, only: UUID | None = None) -> Pending:
         """Marks the engine as being destroyed and writes the operation, whatever its state.
@@ -185,13 +176,14 @@ class IntentStore:
             EngineNotFound: the user has no engine, or another than the one meant.
         """
         async with self._database.transaction() as tx:
-            engine = await _engine_of_user(tx, product_id, user_id)
-            if engine is None or only not in (None, engine.engine_id) or not await _lock_engine(tx, engine.engine_id):
+            engine = await _lock_engine_of_user(tx, product_id, user_id)
+            if engine is None or only not in (None, engine.engine_id):
                 raise EngineNotFound
-            return await self.begin_destroy(tx, engine.engine_id, actor)
+            return await self.begin_destroy(tx, engine, actor)
 
-    async def begin_destroy(self, tx: Connection, engine_id: UUID, actor: str) -> Pending:
+    async def begin_destroy(self, tx: Connection, engine: Engine, actor: str) -> Pending:
         """As `destroy`, of an engine whose row the transaction has locked."""
+        engine_id = engine.engine_id
         operation = await _open_operation(tx, engine_id, lock=True)
         if operation is not None and operation.kind is OperationKind.DESTROY:
             return Pending(operation.operation_id, engine_id)
@@ -201,20 +193,20 @@ class IntentStore:
             return Pending(operation.operation_id, engine_id)
         if operation is not None:
             await finish_operation(tx, operation.operation_id, Outcome.CANCELLED)
-        return await self._begin(tx, engine_id, OperationKind.DESTROY, actor)
+        return await self._begin(tx, engine, OperationKind.DESTROY, actor)
 
     async def _ask_to_yield(self, tx: Connection, operation: OpenOperation, actor: str) -> None:
         if operation.kind in YIELDS:
             await _request_cancel(tx, operation.operation_id, actor)
 
     async def _begin(
-        self, tx: Connection, engine_id: UUID, kind: OperationKind, actor: str, reason: str | None = None
+        self, tx: Connection, engine: Engine, kind: OperationKind, actor: str, reason: str | None = None
     ) -> Pending:
         """Writes an operation and the status that its kind has while it is under way."""
         during = TRANSITIONS[kind].during
-        if (await _engine(tx, engine_id)).status is not during:
-            await _set_status(tx, engine_id, during, reason)
-        return Pending(await insert_operation(tx, engine_id, kind, actor, reason), engine_id)
+        if engine.status is not during:
+            await _set_status(tx, engine.engine_id, during, reason)
+        return Pending(await insert_operation(tx, engine.engine_id, kind, actor, reason), engine.engine_id)
 
     async def _provision(self, tx: Connection, product_id: UUID, user_id: str, newborn: Newborn, actor: str) -> Pending:
         await self.check_room(tx, product_id, user_id, newborn.image)
@@ -271,7 +263,9 @@ class IntentStore:
             raise PortExhaustion("no port is free for one more engine")
         url = self._url_of(newborn.engine_id, port)
         await tx.execute(_ENGINES["set_url"], {"engine_id": newborn.engine_id, "url": url})
-        return await self._begin(tx, newborn.engine_id, OperationKind.PROVISION, actor)
+        # It is `provisioning` from the start.
+        operation_id = await insert_operation(tx, newborn.engine_id, OperationKind.PROVISION, actor)
+        return Pending(operation_id, newborn.engine_id)
 
 
 async def insert_operation(
@@ -287,8 +281,6 @@ async def insert_operation(
         "detail": reason,
     }
     await tx.execute(_OPERATIONS["insert_operation"], values)
-    await tx.execute(_OPERATIONS["insert_audit_event"], values)
-    await tx.execute(_OPERATIONS["notify"])
     return operation_id
 
 
@@ -311,8 +303,6 @@ async def finish_operation(
     )
     row = await cursor.fetchone()
     assert row is not None
-    await tx.execute(_OPERATIONS["insert_audit_event"], {"operation_id": operation_id, "detail": None})
-    await tx.execute(_OPERATIONS["notify"])
     return row
 
 
@@ -322,17 +312,16 @@ async def _engine_of_user(tx: Connection, product_id: UUID, user_id: str) -> Eng
     return None if row is None else to_engine(row)
 
 
-async def _engine(tx: Connection, engine_id: UUID) -> Engine:
-    cursor = await tx.execute(_ENGINES["engine"], {"engine_id": engine_id})
+async def _lock_engine_of_user(tx: Connection, product_id: UUID, user_id: str) -> Engine | None:
+    cursor = await tx.execute(_ENGINES["lock_engine_of_user"], {"product_id": product_id, "user_id": user_id})
     row = await cursor.fetchone()
-    assert row is not None, "read under its lock"
-    return to_engine(row)
+    return None if row is None else to_engine(row)
 
 
-async def _lock_engine(tx: Connection, engine_id: UUID) -> bool:
-    """Locks the engine's row; False if it is gone."""
+async def _lock_engine(tx: Connection, engine_id: UUID) -> Engine | None:
     cursor = await tx.execute(_ENGINES["lock_engine"], {"engine_id": engine_id})
-    return await cursor.fetchone() is not None
+    row = await cursor.fetchone()
+    return None if row is None else to_engine(row)
 
 
 async def _set_status(tx: Connection, engine_id: UUID, status: EngineStatus, reason: str | None = None) -> None:
@@ -341,7 +330,6 @@ async def _set_status(tx: Connection, engine_id: UUID, status: EngineStatus, rea
 
 async def _request_cancel(tx: Connection, operation_id: UUID, actor: str) -> None:
     await tx.execute(_OPERATIONS["request_cancel"], {"operation_id": operation_id, "actor": actor})
-    await tx.execute(_OPERATIONS["notify"])
 
 
 async def _open_operation(tx: Connection, engine_id: UUID, *, lock: bool = False) -> OpenOperation | None:

@@ -152,7 +152,6 @@ class OperationStore:
     async def set_pending_key(self, operation: Operation, encrypted_key: bytes) -> None:
         """Writes the key that the engine is to be given, unless one is written already."""
         async with self._database.transaction() as tx:
-            await tx.execute(_ENGINES["lock_engine"], {"engine_id": operation.engine_id})
             await self._hold(tx, operation)
             values = {"engine_id": operation.engine_id, "pending_key": encrypted_key}
             await tx.execute(_ENGINES["set_pending_key"], values)
@@ -160,7 +159,6 @@ class OperationStore:
     async def recreate_with_pending_key(self, operation: Operation) -> None:
         """Commits the pending key for an instance that is yet to be made; until then the engine boots."""
         async with self._database.transaction() as tx:
-            await tx.execute(_ENGINES["lock_engine"], {"engine_id": operation.engine_id})
             await self._hold(tx, operation)
             values = {"engine_id": operation.engine_id, "status": EngineStatus.PROVISIONING, "reason": None}
             await tx.execute(_ENGINES["commit_pending_key"], values)
@@ -198,12 +196,11 @@ class OperationStore:
         """Takes the operation out of the workers' way until an operator, or a destroy, ends it."""
         await self._write("quarantine_operation", operation)
         async with self._database.connection() as connection:
-            await connection.execute(_OPERATIONS["notify"])
+            await connection.execute(_OPERATIONS["notify"], {"news": "ended"})
 
     async def swap_port(self, operation: Operation, engine: Engine) -> bool:
         """Sets the engine's port aside and leases another; False if none is left."""
         async with self._database.transaction() as tx:
-            await tx.execute(_ENGINES["lock_engine"], {"engine_id": operation.engine_id})
             await self._hold(tx, operation)
             await tx.execute(_ENGINES["release_port"], {"engine_id": engine.engine_id})
             if engine.port is not None:
@@ -228,11 +225,8 @@ class OperationStore:
         # What gave way has made something, which only the destroy that follows takes away.
         gone = after is None and outcome is not Outcome.CANCELLED
         async with self._database.transaction() as tx:
-            await tx.execute(_ENGINES["lock_engine"], {"engine_id": operation.engine_id})
-            canceller = await self._hold(tx, operation)
-            cursor = await tx.execute(_ENGINES["engine"], {"engine_id": operation.engine_id})
-            row = await cursor.fetchone()
-            to_be_destroyed = row is not None and row["status"] == EngineStatus.DESTROYING
+            status, canceller = await self._hold(tx, operation)
+            to_be_destroyed = status == EngineStatus.DESTROYING
             given_up = False
             if gone:
                 await tx.execute(_ENGINES["release_port"], {"engine_id": operation.engine_id})
@@ -282,16 +276,15 @@ class OperationStore:
             await tx.execute(_ENGINES["set_status"], values)
         return False
 
-    async def _hold(self, tx: Connection, operation: Operation) -> str | None:
-        """Locks the operation as its owner; returns who asked it to give way, if anybody."""
+    async def _hold(self, tx: Connection, operation: Operation) -> tuple[str, str | None]:
+        """Locks engine and operation as its owner; returns the status, and who asked it to give way, if anybody."""
         cursor = await tx.execute(
             _OPERATIONS["hold_operation"], {**self._claimant, "operation_id": operation.operation_id}
         )
         row = await cursor.fetchone()
         if row is None:
             raise LeaseLost(operation.operation_id)
-        canceller: str | None = row["cancelled_by"]
-        return canceller
+        return row["status"], row["cancelled_by"]
 
     async def _write(self, name: str, operation: Operation, **values: object) -> None:
         async with self._database.connection() as connection:

@@ -41,7 +41,10 @@ def to_open_operation(row: Mapping[str, Any]) -> OpenOperation:
 def to_settled(row: Mapping[str, Any]) -> Settled:
     outcome = row["outcome"]
     return Settled(
-        **(dict(row) | {"kind": OperationKind(row["kind"]), "outcome": None if outcome is None else Outcome(outcome)})
+        operation_id=row["operation_id"],
+        outcome=None if outcome is None else Outcome(outcome),
+        error_code=row["error_code"],
+        error_message=row["error_message"],
     )
 
 

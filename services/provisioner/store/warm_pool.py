@@ -102,5 +102,6 @@ class WarmPoolStore:
         """Begins to destroy the member; nothing if it has an owner by now."""
         async with self._database.transaction() as tx:
             cursor = await tx.execute(_SQL["lock_member"], {"engine_id": member.engine_id})
-            if await cursor.fetchone() is not None:
-                await self._intents.begin_destroy(tx, member.engine_id, SYSTEM)
+            row = await cursor.fetchone()
+            if row is not None:
+                await self._intents.begin_destroy(tx, to_engine(row), SYSTEM)

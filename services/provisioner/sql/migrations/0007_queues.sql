@@ -1,0 +1,24 @@
+-- Operations tell the audit log of their beginning and their end in the statement that writes them.
+
+-- The outcome is `requested` for an open operation. Automatic restarts have actions of their own,
+-- one for each thing that may come of them. What happens to an engine that is nobody's is not told.
+CREATE FUNCTION audit_operation(operation operations, p_detail text) RETURNS void LANGUAGE plpgsql AS $$
+BEGIN
+    INSERT INTO audit_events (action, actor, outcome, product_id, engine_id, user_id, duration_ms, error_code, detail)
+    SELECT
+        CASE operation.kind
+            WHEN 'restart' THEN CASE operation.outcome
+                WHEN 'succeeded' THEN 'auto_restart_success'
+                WHEN 'failed' THEN 'auto_restart_failed'
+                WHEN 'cancelled' THEN 'auto_restart_failed'
+                ELSE 'auto_restart_start' END
+            WHEN 'deep_sleep' THEN 'sleep'
+            ELSE operation.kind END,
+        operation.actor, coalesce(operation.outcome, 'requested'),
+        operation.product_id, operation.engine_id, operation.user_id,
+        (extract(epoch FROM operation.finished_at - operation.created_at) * 1000)::integer, operation.error_code,
+        coalesce(p_detail, operation.error_message,
+            CASE WHEN operation.kind = 'deep_sleep' THEN 'stopped to free its memory' END)
+    WHERE operation.product_id IS NOT NULL;
+END
+$$;
