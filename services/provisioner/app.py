@@ -132,7 +132,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
                 FallAsleep(operations, backend, engines),
                 KeyRotation(operations, backend, boot, engines, keyring),
             ),
-            concurrency=settings.boot_concurrency,
+            boot_concurrency=settings.boot_concurrency,
             lease_s=settings.operation_lease_s,
             settled=watch.settle,
         )

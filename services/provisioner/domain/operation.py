@@ -27,6 +27,16 @@ class OperationKind(StrEnum):
     DESTROY = "destroy"
 
 
+class Queue(StrEnum):
+    """What an operation waits in line for; the row is put into it when it is written."""
+
+    # A place to start an instance in.
+    BOOT = "boot"
+    # A place among those that put engines to sleep, and mostly wait.
+    SLEEP = "sleep"
+    OTHER = "other"
+
+
 class Step(StrEnum):
     """How far an operation is. Each step may be repeated after a crash in the middle of it."""
 
@@ -64,6 +74,7 @@ class Operation:
     product_id: UUID
     user_id: str
     kind: OperationKind
+    queue: Queue
     step: Step
     actor: str
     attempts: int

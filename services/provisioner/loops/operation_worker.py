@@ -1,4 +1,4 @@
-"""Takes up operations and carries them out, as many side by side as allowed.
+"""Takes up operations and carries them out, as many side by side as there are places in each queue.
 
 Invariant: this process acts on an operation only while it holds its lease. Leases are renewed
 several times within their length; one that can't be renewed runs out here before it runs out in
@@ -7,7 +7,8 @@ the registry, because it is counted from before the request.
 
 import asyncio
 import time
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,7 +16,7 @@ from uuid import UUID
 
 import structlog
 
-from services.provisioner.domain.operation import LeaseLost, Operation, OperationKind, Settled
+from services.provisioner.domain.operation import LeaseLost, Operation, OperationKind, Queue, Settled
 from services.provisioner.execution import Executor
 from services.provisioner.lease import Lease
 from services.shared.errors import Unavailable
@@ -28,10 +29,14 @@ _MAX_ATTEMPTS = 5
 _LONGEST_PAUSE_S = 30.0
 
 
-class Queue(Protocol):
+# Those that start no instance. They mostly wait for others, and Docker's threads are bounded by themselves.
+_PLACES = {Queue.SLEEP: 16, Queue.OTHER: 32}
+
+
+class Operations(Protocol):
     """Operations that wait for a worker."""
 
-    async def claim(self, limit: int, running: Collection[UUID]) -> list[Operation]: ...
+    async def claim(self, places: Mapping[Queue, int], running: Collection[UUID]) -> list[Operation]: ...
     async def renew(self, operation_ids: Collection[UUID]) -> dict[UUID, bool]: ...
     async def release(self, operation: Operation, pause_s: float) -> None: ...
     async def quarantine(self, operation: Operation) -> None: ...
@@ -51,30 +56,30 @@ def _may_be_left(operation: Operation) -> bool:
 
 class OperationWorker:
     """Args:
-    queue: where operations are claimed.
+    operations: where they are claimed.
     executor: carries them out.
-    concurrency: most operations at once.
+    boot_concurrency: most operations at once that start an instance.
     lease_s: length of a claim, in seconds, as the queue grants it.
     settled: told of every operation that ends here.
     """
 
     def __init__(
         self,
-        queue: Queue,
+        operations: Operations,
         executor: Executor,
         *,
-        concurrency: int,
+        boot_concurrency: int,
         lease_s: float,
         settled: Callable[[Settled], None],
     ) -> None:
-        self._queue = queue
+        self._operations = operations
         self._executor = executor
-        self._concurrency = concurrency
+        self._places = {Queue.BOOT: boot_concurrency, **_PLACES}
         self._lease_s = lease_s
         self._settled = settled
         self._runs: dict[UUID, _Run] = {}
-        # Whether the last claim left any that wait.
-        self._more = True
+        # Queues in which some may wait that no place was free for.
+        self._crowded = set(Queue)
         self._pulse = Pulse()
 
     def wake(self) -> None:
@@ -94,19 +99,23 @@ class OperationWorker:
             await self._hand_over()
 
     async def tick(self) -> None:
-        """Renews the leases of what runs here and claims as much as there is room for."""
+        """Renews the leases of what runs here and claims as much as there are places for."""
         now = time.monotonic()
         if self._runs:
-            held = await self._queue.renew(self._runs)
+            held = await self._operations.renew(self._runs)
             for operation_id, give_way in held.items():
                 if operation_id in self._runs:
                     self._runs[operation_id].lease.renew(now + self._lease_s, give_way=give_way)
-        room = self._concurrency - len(self._runs)
-        if room <= 0:
+        # Until the claim says otherwise: a place may become free while it is under way.
+        self._crowded = set(Queue)
+        taken = Counter(run.operation.queue for run in self._runs.values())
+        free = {queue: places - taken[queue] for queue, places in self._places.items() if places > taken[queue]}
+        if not free:
             return
         now = time.monotonic()
-        claimed = await self._queue.claim(room, self._runs)
-        self._more = len(claimed) == room
+        claimed = await self._operations.claim(free, self._runs)
+        found = Counter(operation.queue for operation in claimed)
+        self._crowded = {queue for queue in Queue if found[queue] == free.get(queue, 0)}
         for operation in claimed:
             lease = Lease(now + self._lease_s)
             task = asyncio.create_task(self._carry_out(operation, lease), name=f"operation {operation.kind}")
@@ -121,7 +130,7 @@ class OperationWorker:
             except LeaseLost:
                 log.warning("lease_lost")
                 with suppress(LeaseLost, Unavailable):
-                    await self._queue.release(operation, pause_s=0)
+                    await self._operations.release(operation, pause_s=0)
             except Unavailable as error:
                 log.warning("operation_postponed", reason=error.message)
                 await self._postpone(operation)
@@ -133,16 +142,18 @@ class OperationWorker:
                 self._settled(settled)
             finally:
                 self._runs.pop(operation.operation_id, None)
-                if self._more:
+                if operation.queue in self._crowded:
                     self._pulse.give()
 
     async def _postpone(self, operation: Operation, *, last: bool = False) -> None:
         # If this fails too, the lease runs out and the operation is taken up again.
         with suppress(LeaseLost, Unavailable):
             if last:
-                await self._queue.quarantine(operation)
+                await self._operations.quarantine(operation)
             else:
-                await self._queue.release(operation, min(0.25 * 2 ** min(operation.attempts, 10), _LONGEST_PAUSE_S))
+                await self._operations.release(
+                    operation, min(0.25 * 2 ** min(operation.attempts, 10), _LONGEST_PAUSE_S)
+                )
 
     async def _hand_over(self) -> None:
         """Stops every operation at its next safe point and gives it back."""

@@ -1,7 +1,11 @@
 -- name: insert_operation
 WITH inserted AS (
-    INSERT INTO operations (operation_id, engine_id, product_id, user_id, node, kind, actor)
-    SELECT %(operation_id)s, engine_id, product_id, user_id, node, %(kind)s, %(actor)s
+    INSERT INTO operations (operation_id, engine_id, product_id, user_id, node, kind, actor, queue)
+    SELECT %(operation_id)s, engine_id, product_id, user_id, node, %(kind)s, %(actor)s,
+        CASE
+            WHEN %(kind)s IN ('provision', 'start', 'restart') OR (%(kind)s = 'wake' AND deep_asleep) THEN 'boot'
+            WHEN %(kind)s IN ('sleep', 'deep_sleep') THEN 'sleep'
+            ELSE 'other' END
     FROM engines WHERE engine_id = %(engine_id)s
     RETURNING operations
 )
@@ -31,15 +35,40 @@ FROM operations
 WHERE operation_id = ANY(%(operation_ids)s) AND (finished_at IS NOT NULL OR quarantined_at IS NOT NULL)
 
 -- name: claim_operations
--- Materialized: a plan that ran the choice more than once would take more than the limit.
+-- In each queue the products take turns: an operation comes after as many of any other product as
+-- its own has under way and waiting before it. What is nobody's comes last.
+-- Materialized: a plan that ran the choice more than once would take more than there is room for.
 WITH due AS MATERIALIZED (
-    SELECT operation_id AS id FROM operations
-    WHERE node = %(node)s AND finished_at IS NULL AND quarantined_at IS NULL AND not_before <= clock_timestamp()
-        AND (owner IS NULL OR lease_until < clock_timestamp())
-        AND operation_id <> ALL(%(running)s) AND kind = ANY(%(kinds)s) AND step = ANY(%(steps)s)
-    ORDER BY not_before
-    LIMIT %(limit)s
-    FOR UPDATE SKIP LOCKED
+    SELECT taken.id
+    FROM unnest(%(queues)s::text[], %(places)s::integer[]) AS room (queue, places)
+    CROSS JOIN LATERAL (
+        SELECT operation_id AS id
+        FROM (
+            SELECT id, product_id IS NULL AS unowned, place + coalesce(under_way.n, 0) AS turn, not_before
+            FROM (
+                SELECT operation_id AS id, product_id, not_before,
+                    row_number() OVER (PARTITION BY product_id ORDER BY not_before) AS place
+                FROM operations
+                WHERE node = %(node)s AND queue = room.queue AND finished_at IS NULL AND quarantined_at IS NULL
+                    AND not_before <= clock_timestamp() AND (owner IS NULL OR lease_until < clock_timestamp())
+                    AND operation_id <> ALL(%(running)s) AND kind = ANY(%(kinds)s) AND step = ANY(%(steps)s)
+            ) AS waiting
+            LEFT JOIN (
+                SELECT product_id, count(*) AS n FROM operations
+                WHERE node = %(node)s AND queue = room.queue AND finished_at IS NULL AND quarantined_at IS NULL
+                    AND owner IS NOT NULL AND lease_until >= clock_timestamp()
+                GROUP BY product_id
+            ) AS under_way USING (product_id)
+            ORDER BY unowned, turn, not_before
+            -- Some to spare: others may be taking the first of them at this moment.
+            LIMIT room.places + 16
+        ) AS next
+        JOIN operations ON operation_id = next.id
+        WHERE finished_at IS NULL AND (owner IS NULL OR lease_until < clock_timestamp())
+        ORDER BY unowned, turn, next.not_before
+        LIMIT room.places
+        FOR UPDATE OF operations SKIP LOCKED
+    ) AS taken
 )
 UPDATE operations
 SET owner = %(owner)s,
@@ -48,8 +77,8 @@ SET owner = %(owner)s,
     deadline = coalesce(deadline, clock_timestamp() + make_interval(secs => %(boot_timeout_s)s))
 FROM due
 WHERE operation_id = due.id
-RETURNING operation_id, engine_id, product_id, user_id, kind, step, actor, attempts, error_code, error_message,
-    created_at,
+RETURNING operation_id, engine_id, product_id, user_id, kind, queue, step, actor, attempts,
+    error_code, error_message, created_at,
     extract(epoch FROM deadline - clock_timestamp())::double precision AS seconds_left
 
 -- name: renew_leases

@@ -3,7 +3,7 @@
 Every write names the owner, so that a process that lost its lease changes nothing.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from datetime import datetime
 from uuid import UUID
@@ -15,6 +15,7 @@ from services.provisioner.domain.operation import (
     Operation,
     OperationKind,
     Outcome,
+    Queue,
     Settled,
     Step,
 )
@@ -69,14 +70,24 @@ class OperationStore:
         self._restarts = restarts
         self._stale_ok_s = stale_ok_s
 
-    async def claim(self, limit: int, running: Collection[UUID]) -> list[Operation]:
-        """Takes up to `limit` operations that nobody works on, the longest waiting first.
+    async def claim(self, places: Mapping[Queue, int], running: Collection[UUID]) -> list[Operation]:
+        """Takes operations that nobody works on; products take turns, each with its longest waiting first.
+
+        A product that has some under way comes after those that have fewer.
 
         Args:
+            places: how many to take of each queue, at most.
             running: those that run in this process still, with or without a lease: not again, and
                 neither those of a kind or at a step that this version does not know.
         """
-        values = {**self._claimant, "limit": limit, "running": list(running), "kinds": _KINDS, "steps": _STEPS}
+        values = {
+            **self._claimant,
+            "queues": list(places),
+            "places": list(places.values()),
+            "running": list(running),
+            "kinds": _KINDS,
+            "steps": _STEPS,
+        }
         async with self._database.connection() as connection:
             cursor = await connection.execute(_OPERATIONS["claim_operations"], values)
             return [to_operation(row) for row in await cursor.fetchall()]

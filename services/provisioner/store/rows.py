@@ -11,6 +11,7 @@ from services.provisioner.domain.operation import (
     Operation,
     OperationKind,
     Outcome,
+    Queue,
     Settled,
     Step,
 )
@@ -31,7 +32,8 @@ def to_engine(row: Mapping[str, Any]) -> Engine:
 
 
 def to_operation(row: Mapping[str, Any]) -> Operation:
-    return Operation(**(dict(row) | {"kind": OperationKind(row["kind"]), "step": Step(row["step"])}))
+    words = {"kind": OperationKind(row["kind"]), "queue": Queue(row["queue"]), "step": Step(row["step"])}
+    return Operation(**(dict(row) | words))
 
 
 def to_open_operation(row: Mapping[str, Any]) -> OpenOperation:

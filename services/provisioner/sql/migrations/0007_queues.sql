@@ -1,4 +1,4 @@
--- Operations tell the audit log of their beginning and their end in the statement that writes them.
+-- Operations wait in queues by what they need, and tell the audit log of their beginning and end themselves.
 
 -- The outcome is `requested` for an open operation. Automatic restarts have actions of their own,
 -- one for each thing that may come of them. What happens to an engine that is nobody's is not told.
@@ -22,3 +22,16 @@ BEGIN
     WHERE operation.product_id IS NOT NULL;
 END
 $$;
+
+-- What an operation waits in line for: `boot` for a place to start an instance in, of which there
+-- are few; `sleep` for one of those that go to engines falling asleep, which mostly wait; `other`
+-- for one of those that hardly ever are all taken.
+ALTER TABLE operations ADD COLUMN queue text NOT NULL DEFAULT 'other';
+UPDATE operations SET queue = CASE WHEN kind IN ('sleep', 'deep_sleep') THEN 'sleep' ELSE 'boot' END
+WHERE finished_at IS NULL AND kind IN ('provision', 'start', 'restart', 'sleep', 'deep_sleep');
+
+DROP INDEX operations_queue;
+CREATE INDEX operations_queue ON operations (node, queue, product_id, not_before)
+    WHERE finished_at IS NULL AND quarantined_at IS NULL;
+CREATE INDEX operations_under_way ON operations (node, queue)
+    WHERE finished_at IS NULL AND quarantined_at IS NULL AND owner IS NOT NULL;
