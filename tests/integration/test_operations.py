@@ -109,6 +109,19 @@ async def one(store: OperationStore) -> list[Operation]:
     return await store.claim({Queue.BOOT: 1}, ())
 
 
+async def test_members_of_the_warm_pool_are_booted_when_nobody_else_waits(
+    database: Database, database_url: str
+) -> None:
+    store = operations(database)
+    queue(database_url, 3)
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute("UPDATE operations SET product_id = NULL, user_id = NULL")
+    product = uuid4()
+    queue(database_url, 3, product)
+    order = [operation.product_id for _ in range(6) for operation in await one(store)]
+    assert order == [product, product, product, None, None, None]
+
+
 async def test_claims_at_the_same_time_share_what_waits(database: Database, database_url: str) -> None:
     product = uuid4()
     queue(database_url, 60, product)
