@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from uuid import UUID, uuid4
 
@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from september.provisioner.v1 import provisioner_service_pb2 as pb
-from services.provisioner.domain.operation import Operation, Queue
+from services.provisioner.domain.operation import Queue
 from services.provisioner.domain.restarts import RestartPolicy
 from services.provisioner.store.migrations import migrate
 from services.provisioner.store.operations import OperationStore
@@ -21,6 +21,7 @@ from tests.harness import Clients, Platform, Product, Service, eventually, reaso
 
 Shared = tuple[Platform, list[Service]]
 Connect = Callable[..., Clients]
+NextProduct = Callable[[OperationStore], Awaitable[UUID | None]]
 
 
 @pytest.fixture
@@ -92,7 +93,25 @@ async def test_what_a_later_version_has_written_is_left_to_it(store: OperationSt
     assert len(await store.claim({Queue.BOOT: 40}, ())) == 18
 
 
-async def test_products_take_turns_whatever_one_of_them_has_queued(database: Database, database_url: str) -> None:
+@pytest.fixture
+def next_product(database_url: str) -> NextProduct:
+    """Claims one boot; returns whose it is."""
+
+    async def next_product(store: OperationStore) -> UUID | None:
+        (operation,) = await store.claim({Queue.BOOT: 1}, ())
+        with psycopg.connect(database_url) as connection:
+            cursor = connection.execute(
+                "SELECT product_id FROM operations WHERE operation_id = %s", [operation.operation_id]
+            )
+            product_id: UUID | None = cursor.fetchall()[0][0]
+        return product_id
+
+    return next_product
+
+
+async def test_products_take_turns_whatever_one_of_them_has_queued(
+    database: Database, database_url: str, next_product: NextProduct
+) -> None:
     first, second = operations(database), operations(database)
     greedy, late, later = uuid4(), uuid4(), uuid4()
     queue(database_url, 500, greedy)
@@ -100,17 +119,13 @@ async def test_products_take_turns_whatever_one_of_them_has_queued(database: Dat
     assert len(await second.claim({Queue.BOOT: 2}, ())) == 2
     queue(database_url, 1, late)
     queue(database_url, 6, later)
-    order = [operation.product_id for _ in range(5) for store in (first, second) for operation in await one(store)]
+    order = [await next_product(store) for _ in range(5) for store in (first, second)]
     # One of each product, then as many as the greedy one has under way.
     assert order == [late, later, later, later, later, greedy, later, greedy, later, greedy]
 
 
-async def one(store: OperationStore) -> list[Operation]:
-    return await store.claim({Queue.BOOT: 1}, ())
-
-
 async def test_members_of_the_warm_pool_are_booted_when_nobody_else_waits(
-    database: Database, database_url: str
+    database: Database, database_url: str, next_product: NextProduct
 ) -> None:
     store = operations(database)
     queue(database_url, 3)
@@ -118,7 +133,7 @@ async def test_members_of_the_warm_pool_are_booted_when_nobody_else_waits(
         connection.execute("UPDATE operations SET product_id = NULL, user_id = NULL")
     product = uuid4()
     queue(database_url, 3, product)
-    order = [operation.product_id for _ in range(6) for operation in await one(store)]
+    order = [await next_product(store) for _ in range(6)]
     assert order == [product, product, product, None, None, None]
 
 

@@ -42,14 +42,9 @@ class Engine:
     status: EngineStatus
     image: str
     generation: int
-    node: str
     url: str
     encrypted_key: bytes = field(repr=False)
     created_at: datetime
     last_health_at: datetime | None
     port: int | None
-    status_since: datetime
-    status_reason: str | None
-    deep_asleep: bool
-    restart_attempts: int
     pending_key: bytes | None = field(repr=False)

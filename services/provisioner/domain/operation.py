@@ -1,7 +1,6 @@
 """Operations: every change of an engine, written down before it is carried out."""
 
 from dataclasses import dataclass
-from datetime import datetime
 from enum import StrEnum
 from uuid import UUID
 
@@ -71,8 +70,6 @@ class Operation:
 
     operation_id: UUID
     engine_id: UUID
-    product_id: UUID
-    user_id: str
     kind: OperationKind
     queue: Queue
     step: Step
@@ -80,7 +77,6 @@ class Operation:
     attempts: int
     error_code: str | None
     error_message: str | None
-    created_at: datetime
     seconds_left: float
 
 
@@ -90,7 +86,6 @@ class OpenOperation:
 
     operation_id: UUID
     kind: OperationKind
-    step: str
     unowned: bool
 
 

@@ -16,13 +16,13 @@ SELECT audit_operation(operations, %(detail)s), pg_notify('operations', 'queued'
 SELECT pg_notify('operations', %(news)s)
 
 -- name: open_operation
-SELECT operation_id, kind, step,
+SELECT operation_id, kind,
     quarantined_at IS NOT NULL OR owner IS NULL OR lease_until < clock_timestamp() AS unowned
 FROM operations
 WHERE engine_id = %(engine_id)s AND finished_at IS NULL
 
 -- name: lock_open_operation
-SELECT operation_id, kind, step,
+SELECT operation_id, kind,
     quarantined_at IS NOT NULL OR owner IS NULL OR lease_until < clock_timestamp() AS unowned
 FROM operations
 WHERE engine_id = %(engine_id)s AND finished_at IS NULL
@@ -77,8 +77,7 @@ SET owner = %(owner)s,
     deadline = coalesce(deadline, clock_timestamp() + make_interval(secs => %(boot_timeout_s)s))
 FROM due
 WHERE operation_id = due.id
-RETURNING operation_id, engine_id, product_id, user_id, kind, queue, step, actor, attempts,
-    error_code, error_message, created_at,
+RETURNING operation_id, engine_id, kind, queue, step, actor, attempts, error_code, error_message,
     extract(epoch FROM deadline - clock_timestamp())::double precision AS seconds_left
 
 -- name: renew_leases
