@@ -87,7 +87,7 @@ class Boot:
                 raise
             except Exception:
                 log.exception("boot_failed", engine_id=str(operation.engine_id))
-                return Internal("the engine could not be booted")
+                return Internal(f"the engine could not be booted; operation id {operation.operation_id}")
             else:
                 return None
 

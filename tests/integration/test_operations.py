@@ -93,6 +93,15 @@ async def test_what_a_later_version_has_written_is_left_to_it(store: OperationSt
     assert len(await store.claim({Queue.BOOT: 40}, ())) == 18
 
 
+async def test_an_operation_that_nobody_could_carry_out_names_itself_to_those_who_wait(store: OperationStore) -> None:
+    (operation,) = await store.claim({Queue.BOOT: 1}, ())
+    await store.quarantine(operation)
+    (settled,) = await store.settled([operation.operation_id])
+    failure = settled.failure()
+    assert failure is not None
+    assert (failure.code, str(operation.operation_id) in failure.message) == ("INTERNAL", True)
+
+
 @pytest.fixture
 def next_product(database_url: str) -> NextProduct:
     """Claims one boot; returns whose it is."""

@@ -121,7 +121,7 @@ WHERE operation_id = %(operation_id)s AND owner = %(owner)s AND finished_at IS N
 -- name: quarantine_operation
 UPDATE operations
 SET owner = NULL, lease_until = NULL, quarantined_at = clock_timestamp(),
-    error_code = 'INTERNAL', error_message = 'the operation could not be carried out'
+    error_code = 'INTERNAL', error_message = 'the operation could not be carried out; operation id ' || operation_id
 WHERE operation_id = %(operation_id)s AND owner = %(owner)s AND finished_at IS NULL
 
 -- name: request_cancel
