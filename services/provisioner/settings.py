@@ -85,7 +85,10 @@ class ProvisionerSettings(CommonSettings):
         3600, ge=1, le=31_536_000, description="Seconds of sleep after which an engine is stopped to free its memory."
     )
     audit_retention_days: int = Field(
-        400, ge=1, le=36_500, description="How long audit events are kept; a month of them is dropped at once."
+        400,
+        ge=1,
+        le=36_500,
+        description="How long audit events and ended operations are kept; a month of events is dropped at once.",
     )
     operation_lease_s: float = Field(
         5, ge=1, le=300, description="Time after which another Provisioner takes over the work of one that died."

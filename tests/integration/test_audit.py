@@ -341,3 +341,17 @@ async def test_a_running_provisioner_keeps_the_house(platform: Platform) -> None
     assert platform.query("SELECT lease_until < clock_timestamp() FROM loop_leases WHERE name = 'housekeeping'") == [
         (True,)
     ]
+
+
+async def test_operations_are_dropped_when_the_audit_log_has_forgotten_them(query: Query, database: Database) -> None:
+    query(
+        "INSERT INTO operations (operation_id, engine_id, product_id, user_id, node, kind, actor, created_at,"
+        " finished_at, outcome) SELECT gen_random_uuid(), gen_random_uuid(), gen_random_uuid(), user_id, 'local',"
+        " 'start', 'system', at, CASE WHEN user_id <> 'open' THEN at END,"
+        " CASE WHEN user_id <> 'open' THEN 'succeeded' END"
+        " FROM (SELECT 'old' AS user_id, clock_timestamp() - interval '31 days' AS at FROM generate_series(1, 2500)"
+        " UNION ALL SELECT 'open', clock_timestamp() - interval '31 days'"
+        " UNION ALL SELECT 'young', clock_timestamp() - interval '29 days') AS operations"
+    )
+    await housekeeping(database, days=30).tick()
+    assert query("SELECT user_id FROM operations ORDER BY user_id") == [("open",), ("young",)]

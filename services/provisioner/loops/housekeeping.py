@@ -1,4 +1,4 @@
-"""Keeps the registry's own house: the audit log's months, its denials, the fleet's counts, and the feed.
+"""Keeps the registry's own house: the audit log's months, its denials, old operations, counts, the feed.
 
 Invariant: everything here may be done twice, or by two at once, and may be left for later: what
 is behind only takes more room or more time to read. So one process does it, and needs no term.
@@ -27,6 +27,7 @@ class Lease(Protocol):
 class Audit(Protocol):
     async def make_partitions(self) -> list[str]: ...
     async def drop_partitions(self, kept_days: int) -> list[str]: ...
+    async def drop_operations(self, kept_days: int) -> None: ...
     async def record_denials(self) -> None: ...
 
 
@@ -44,7 +45,7 @@ class Housekeeping:
     audit: the audit log.
     counts: the fleet's counts.
     feed: the change feed.
-    audit_retention_days: how long audit events are kept.
+    audit_retention_days: how long audit events, and operations that have ended, are kept.
     """
 
     def __init__(self, lease: Lease, audit: Audit, counts: Counts, feed: Feed, *, audit_retention_days: int) -> None:
@@ -73,6 +74,7 @@ class Housekeeping:
         chores: tuple[Callable[[], Awaitable[None]], ...] = (
             self._make_months,
             self._drop_months,
+            self._drop_operations,
             self._audit.record_denials,
             self._counts.fold_counts,
             self._feed.drop_read_changes,
@@ -91,3 +93,6 @@ class Housekeeping:
     async def _drop_months(self) -> None:
         for partition in await self._audit.drop_partitions(self._audit_retention_days):
             log.info("audit_month_dropped", partition=partition)
+
+    async def _drop_operations(self) -> None:
+        await self._audit.drop_operations(self._audit_retention_days)

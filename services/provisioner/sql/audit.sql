@@ -37,3 +37,13 @@ INSERT INTO audit_events (at, action, actor, outcome, product_id, detail, count)
 SELECT minute, 'admit_denied', 'product:' || slug, 'denied', product_id, reason, denials
 FROM counted JOIN products USING (product_id)
 ORDER BY minute
+
+-- name: drop_operations
+WITH dropped AS (
+    DELETE FROM operations WHERE operation_id = ANY(ARRAY(
+        SELECT operation_id FROM operations
+        WHERE finished_at < clock_timestamp() - make_interval(days => %(kept_days)s)
+        ORDER BY finished_at LIMIT %(limit)s))
+    RETURNING operation_id
+)
+SELECT count(*) AS dropped FROM dropped

@@ -8,6 +8,7 @@ from services.provisioner.store.rows import load_sql
 from services.shared.postgres import Database
 
 _SQL = load_sql("audit")
+_DROP_BATCH = 1000
 
 _AFTER_ALL = 2**63 - 1
 
@@ -44,6 +45,18 @@ class AuditStore:
         async with self._database.connection() as connection:
             cursor = await connection.execute(_SQL["drop_partitions"], {"kept_days": kept_days})
             return [row["partition"] for row in await cursor.fetchall()]
+
+    async def drop_operations(self, kept_days: int) -> None:
+        """Drops operations that ended more than `kept_days` days ago, some at a time."""
+        async with self._database.connection() as connection:
+            dropped = _DROP_BATCH
+            while dropped == _DROP_BATCH:
+                cursor = await connection.execute(
+                    _SQL["drop_operations"], {"kept_days": kept_days, "limit": _DROP_BATCH}
+                )
+                row = await cursor.fetchone()
+                assert row is not None, "an aggregate has a row"
+                dropped = row["dropped"]
 
     async def record_denials(self) -> None:
         """Makes an event of what was denied of each product, for each reason, in each minute that is over."""

@@ -35,3 +35,6 @@ CREATE INDEX operations_queue ON operations (node, queue, product_id, not_before
     WHERE finished_at IS NULL AND quarantined_at IS NULL;
 CREATE INDEX operations_under_way ON operations (node, queue)
     WHERE finished_at IS NULL AND quarantined_at IS NULL AND owner IS NOT NULL;
+
+-- Finds those that have been over for so long that they are dropped.
+CREATE INDEX operations_finished ON operations (finished_at) WHERE finished_at IS NOT NULL;
