@@ -141,11 +141,12 @@ class Platform:
     def engine_processes(self) -> list[psutil.Process]:
         """Every process of an engine of this installation."""
         found = []
+        installation = self.installation()
         for process in psutil.process_iter():
             with suppress(psutil.Error, ProcessLookupError):
                 environment = process.environ()
                 leader = os.getsid(process.pid) == process.pid and process.status() != psutil.STATUS_ZOMBIE
-                if leader and environment.get("SEPTEMBER_INSTALLATION") == self.installation():
+                if leader and environment.get("SEPTEMBER_INSTALLATION") == installation:
                     found.append(process)
         return found
 
