@@ -395,3 +395,19 @@ async def test_of_many_engines_that_want_one_port_one_gets_it(rig: Rig) -> None:
 
 async def _all_answer(ports: list[int]) -> bool:
     return all([await answers(port) for port in ports])
+
+
+async def test_only_an_engine_that_runs_is_current(rig: Rig) -> None:
+    backend = await rig.backend()
+    spec = spec_for(rig)
+    assert not await backend.is_current(spec.engine_id, spec.image)
+    await backend.create(spec)
+    assert not await backend.is_current(spec.engine_id, spec.image)
+    await backend.start(spec)
+    assert await backend.is_current(spec.engine_id, spec.image)
+    await backend.freeze(spec.engine_id)
+    assert not await backend.is_current(spec.engine_id, spec.image)
+    await backend.thaw(spec.engine_id)
+    assert await backend.is_current(spec.engine_id, spec.image)
+    await backend.stop(spec.engine_id, grace_s=10)
+    assert not await backend.is_current(spec.engine_id, spec.image)

@@ -374,3 +374,19 @@ async def test_a_new_generation_replaces_a_container_that_others_are_removing(do
     # Whichever came last, the next attempt ends with the new one.
     await other.create(replace(spec, generation=2))
     assert await other.list() == [Instance(spec.engine_id, 2, InstanceState.CREATED)]
+
+
+async def test_an_engine_is_current_until_its_images_name_stands_for_another(docker_rig: DockerRig) -> None:
+    backend = await docker_rig.backend()
+    name = f"{docker_rig.engine.partition(':')[0]}:moved"
+    docker_rig.api.tag(docker_rig.engine, name)
+    try:
+        spec = spec_for(docker_rig, image=name)
+        await backend.create(spec)
+        await backend.start(spec)
+        assert await backend.is_current(spec.engine_id, name)
+        docker_rig.api.tag(docker_rig.deaf, name)
+        assert not await backend.is_current(spec.engine_id, name)
+    finally:
+        docker_rig.api.remove_image(name, force=True)
+    assert not await backend.is_current(spec.engine_id, name)

@@ -362,8 +362,13 @@ def test_the_fleet_is_the_products_own_or_all_of_it(operator: September) -> None
     shown = product("fleet", "status").record
     assert shown["total"] == "1"
     assert shown["by_status"].endswith("running 0, sleeping 0, stopped 1")
+    assert "warm_pool" not in {**status, **shown}
     register(operator).json("engine", "provision", "bob")
-    assert operator.with_(**product.environment).json("fleet", "status")["total"] > 1
+    every = operator.with_(**product.environment)
+    assert every.json("fleet", "status")["total"] > 1
+    assert every.json("fleet", "status")["warm_pool"] == {"ready": 0, "booting": 0}
+    assert every("fleet", "status").record["warm_pool"] == "ready 0, booting 0"
+    assert every("fleet", "metrics").record["total_claims"] == "0"
     metrics = product.json("fleet", "metrics")
     assert (metrics["provisions_1h"], metrics["total_provisions"], metrics["total_destroys"]) == (1, 1, 0)
     assert int(product("fleet", "metrics").record["avg_boot_ms"]) == round(metrics["avg_boot_ms"]) > 0
