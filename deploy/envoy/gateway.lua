@@ -1,20 +1,5 @@
--- Runs on every call, outside of the JSON transcoder: requests come here before it, answers after it.
--- HTTP_STATUS, the error table, comes from errors.lua.
-
--- What reaches the services. A `grpc-timeout` or a `…-bin` header of a REST caller would be taken for
--- gRPC's own, and a service would fail on it.
-local REQUEST_HEADERS = {
-  [":authority"] = true, [":method"] = true, [":path"] = true, [":scheme"] = true,
-  ["content-type"] = true,
-  -- Routing needs the scheme.
-  ["x-forwarded-proto"] = true,
-  ["x-admin-key"] = true, ["x-platform-key"] = true, ["x-request-id"] = true,
-}
-local GRPC_REQUEST_HEADERS = {
-  ["grpc-accept-encoding"] = true, ["grpc-encoding"] = true, ["grpc-timeout"] = true, ["te"] = true,
-  ["user-agent"] = true,
-}
-for name in pairs(REQUEST_HEADERS) do GRPC_REQUEST_HEADERS[name] = true end
+-- Runs on every answer, outside of the JSON transcoder: it comes here after it.
+-- HTTP_STATUS, the error table, comes from errors.lua, keep and is_grpc from headers.lua.
 
 -- What a REST caller gets of an answer's headers. The x-request-id is put on later.
 local RESPONSE_HEADERS = {
@@ -32,19 +17,6 @@ local TRANSIENT = {
 
 local ERROR_INFO = '{"@type":"type.googleapis.com/google.rpc.ErrorInfo","reason":"'
 local RETRY_INFO = '{"@type":"type.googleapis.com/google.rpc.RetryInfo","retry_delay":"'
-
-local function keep(headers, names)
-  local others = {}
-  for name in pairs(headers) do
-    if not names[name] then others[#others + 1] = name end
-  end
-  for _, name in ipairs(others) do headers:remove(name) end
-end
-
-local function is_grpc(headers)
-  local content_type = headers:get("content-type")
-  return content_type == "application/grpc" or content_type ~= nil and content_type:sub(1, 17) == "application/grpc+"
-end
 
 -- The JSON string that begins at `from`, without its quotes and still escaped.
 local function json_string(text, from)
@@ -104,6 +76,9 @@ local function service_error(status, grpc_code)
     seconds and string.format("%d", math.max(1, math.ceil(tonumber(seconds)))))
 end
 
+-- No denial in JSON is as long, and no answer with an engine, of which the names alone are longer, as short.
+local DENIAL_BYTES = 100
+
 -- Methods whose answers in REST are not what the transcoder makes of the message; nil if this one is.
 local REWRITTEN = {
   -- REST says `"engine":null`, which protobuf leaves out.
@@ -143,35 +118,31 @@ local function replace_answer(handle, method)
   if buffer then buffer:setBytes(body) end
 end
 
-function envoy_on_request(handle)
-  local headers = handle:headers()
-  -- Nothing would come of an upgrade, but its request would never end.
-  if headers:get("upgrade") then
-    local _, body = envelope("INVALID_REQUEST", "a connection cannot be upgraded")
-    handle:respond({[":status"] = "400"}, body)
-  end
-  keep(headers, is_grpc(headers) and GRPC_REQUEST_HEADERS or REQUEST_HEADERS)
-end
-
 -- Whether a REST answer is right as it is, line by line if it is a watch.
 local function is_right(headers, method)
-  return headers:get(":status") == "200" and headers:get("content-type") == "application/json"
-    and (headers:get("grpc-status") or "0") == "0" and not REWRITTEN[method]
-    and (method == "WatchEngine" or headers:get("content-length") ~= "0")
+  if headers:get("content-type") ~= "application/json" or (headers:get("grpc-status") or "0") ~= "0" then return false end
+  local length = headers:get("content-length")
+  if method == "Admit" then return length ~= nil and tonumber(length) > DENIAL_BYTES end
+  return not REWRITTEN[method] and (method == "WatchEngine" or length ~= "0")
 end
 
 function envoy_on_response(handle)
   local headers = handle:headers()
+  local ok = headers:get(":status") == "200"
+  if ok and is_grpc(headers) then
+    local code = headers:get("grpc-status")
+    -- Envoy says UNKNOWN; the servers say RESOURCE_EXHAUSTED when they are called without a gateway.
+    if code == "2" and headers:get("grpc-message") == "the message is over 64 KiB" then
+      headers:replace("grpc-status", "8")
+    end
+    -- For a REST caller the transcoder turns every gRPC status but OK into another HTTP status than 200.
+    if code ~= "0" then return end
+  end
   local method = handle:streamInfo():routeName() -- each route has the name of its method
   local watch = method == "WatchEngine"
-  -- For a REST caller the transcoder turns every gRPC status but OK into another HTTP status than 200,
-  -- and OK without a message is no answer. Only a watch may end before it has seen anything.
-  if headers:get(":status") == "200" and is_grpc(headers) and (watch or headers:get("grpc-status") ~= "0") then
-    -- Envoy says UNKNOWN; the servers say RESOURCE_EXHAUSTED when they are called without a gateway.
-    if headers:get("grpc-message") == "the message is over 64 KiB" then headers:replace("grpc-status", "8") end
-    return
-  end
-  if is_right(headers, method) then
+  -- OK without a message is no answer. Only a watch may end before it has seen anything.
+  if ok and watch and is_grpc(headers) then return end
+  if ok and is_right(headers, method) then
     keep(headers, RESPONSE_HEADERS)
     if watch then headers:replace("content-type", "application/x-ndjson") end
   else

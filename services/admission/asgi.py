@@ -33,6 +33,8 @@ _MAX_CALLS = 10_000
 # How often a call that is under way looks whether its caller is still there.
 _LOOK_S = 1.0
 _KEY_HEADER = KEY_HEADER.encode()
+# The gateway's transcoder has put it there, and nobody else can.
+_REST = b"x-envoy-original-path"
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +130,8 @@ class AdmissionApp:
         if headers.get(b"te") != b"trailers":
             # Without it the server leaves out the trailers, and so the status.
             raise InvalidRequest("the header `te: trailers` is missing")
-        timeout_s = grpc_wire.timeout_s(headers.get(b"grpc-timeout"))
+        # A header of this name from a caller of REST is none of gRPC's.
+        timeout_s = None if _REST in headers else grpc_wire.timeout_s(headers.get(b"grpc-timeout"))
         request = grpc_wire.message(await _body(receive), headers.get(b"grpc-encoding", b""))
         keys = [value.decode("latin-1") for name, value in scope["headers"] if name == _KEY_HEADER]
         if timeout_s == 0:

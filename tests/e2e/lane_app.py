@@ -19,8 +19,8 @@ from services.shared.grpc_client import answered_error
 from services.shared.loops import supervise
 from services.shared.service import background
 
-# What gRPC sets by itself.
-_OWN = {"content-length", "content-type", "grpc-accept-encoding", "grpc-encoding", "grpc-timeout", "host", "te"}
+# What an Admission of its own process would read, too.
+_READ = {b"x-admin-key", b"x-platform-key", b"x-request-id"}
 _OPTIONS = (("grpc.max_receive_message_length", -1),)
 _headers: ContextVar[Iterable[tuple[bytes, bytes]]] = ContextVar("headers")
 
@@ -29,9 +29,7 @@ def _passed_on(channel: grpc.aio.Channel, name: str) -> Method:
     unary: Any = channel.unary_unary(f"/{SERVICE}/{name}")
 
     async def method(request: bytes, call: Call) -> bytes:
-        metadata = [
-            (key.decode(), value.decode("latin-1")) for key, value in _headers.get() if key.decode() not in _OWN
-        ]
+        metadata = [(key.decode(), value.decode("latin-1")) for key, value in _headers.get() if key in _READ]
         try:
             answer: bytes = await unary(request, metadata=metadata, timeout=call.timeout_s)
         except grpc.aio.AioRpcError as error:
