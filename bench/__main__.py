@@ -42,6 +42,7 @@ from services.shared import embedded_postgres
 from tests.harness import new_database
 
 CONCURRENCY = 64
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _LATENCY_OF = (NO_OP, ADMIT, FAST_GRPC, FAST_REST)
 _CURVES_OF = (NO_OP, ADMIT, FAST_GRPC, FAST_REST, DIRECT, ONE_PROCESS)
 
@@ -165,10 +166,13 @@ def main() -> None:
     where = report.machine()
 
     def ended(number: int, frame: FrameType | None) -> None:
+        # Once: a second one must not keep from ending what was started.
+        for each in _SIGNALS:
+            signal.signal(each, signal.SIG_IGN)
         sys.exit(128 + number)
 
-    # So that what was started is ended, as it is after Ctrl-C.
-    signal.signal(signal.SIGTERM, ended)
+    for number in _SIGNALS:
+        signal.signal(number, ended)
     with tempfile.TemporaryDirectory(prefix="september-") as name, ExitStack() as stack:
         directory = Path(name)
         # Started by root, PostgreSQL runs as another user and must get to its data.

@@ -59,7 +59,11 @@ class Service:
                 stderr=log,
                 start_new_session=True,
             )
-        self.port: int = eventually(self._port, f"{name} serves")
+        try:
+            self.port: int = eventually(self._port, f"{name} serves")
+        except BaseException:
+            self.kill()
+            raise
         self.address = f"127.0.0.1:{self.port}"
 
     def _port(self) -> int | None:
