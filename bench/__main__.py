@@ -37,7 +37,7 @@ from bench.peers import jupyterhub
 from bench.plan import FULL, QUICK, Plan
 from services.cli import gateway
 from services.cli.gateway import Lane
-from services.provisioner.settings import BackendKind, ProvisionerSettings
+from services.provisioner.settings import BackendKind
 from services.shared import embedded_postgres
 from tests.harness import new_database
 
@@ -55,12 +55,17 @@ def announce(step: str) -> None:
     _console.print(f"{time.monotonic() - _begun:4.0f} s  {step}", highlight=False)
 
 
-def throughput(answering: dict[str, Contender], plan: Plan) -> Rates:
+def throughput(answering: dict[str, Contender], plan: Plan) -> tuple[Rates, Rates]:
+    """Calls a second, and the microseconds of processors that each cost those who answer."""
     rates: Rates = {name: [] for name in answering}
+    costs: Rates = {name: [] for name in answering}
     for _ in range(plan.rounds):
         for name, contender in answering.items():
-            rates[name].append(contender.saturate(CONCURRENCY, plan.seconds).requests_s)
-    return rates
+            before_s = contender.server.processor_s()
+            rate = contender.saturate(CONCURRENCY, plan.seconds).requests_s
+            rates[name].append(rate)
+            costs[name].append((contender.server.processor_s() - before_s) / (rate * plan.seconds) * 1e6)
+    return rates, costs
 
 
 def curves(answering: dict[str, Contender], plan: Plan) -> dict[str, dict[int, float]]:
@@ -110,7 +115,7 @@ def measure(server: str, server_log: Path, directory: Path, plan: Plan) -> tuple
         subject = stack.enter_context(installation(new_database(server), directory / "main", MOST_ACTIVE))
         answering = stack.enter_context(contenders(subject, lanes, directory))
         announce("throughput")
-        rates = throughput(answering, plan)
+        rates, costs = throughput(answering, plan)
         announce("throughput against concurrency")
         by_concurrency = curves(answering, plan)
         announce("latency at half of saturation")
@@ -130,8 +135,7 @@ def measure(server: str, server_log: Path, directory: Path, plan: Plan) -> tuple
     here = containers.image_is_here()
     announce("first admits of new users")
     backend = BackendKind.DOCKER if here else BackendKind.PROCESS
-    users = plan.new_users if "warm_pool_size" in ProvisionerSettings.model_fields else 0
-    firsts = first_admits.measure(new_database(server), directory / "first", users, backend) if users else []
+    firsts = first_admits.measure(new_database(server), directory / "first", plan.new_users, backend)
     announce("cold provision and wake" if here else "no image of the engine in Docker: nothing cold is measured")
     pairs = cold.measure_pairs(new_database(server), directory / "cold", plan.cold_pairs) if here else {}
     found = [
@@ -145,6 +149,7 @@ def measure(server: str, server_log: Path, directory: Path, plan: Plan) -> tuple
     ]
     details = {
         "throughput": rates,
+        "processor time, µs a call": costs,
         "throughput by concurrency": by_concurrency,
         "latency at half of saturation, ms": percentiles,
         "throughput by engines in the registry": by_size,

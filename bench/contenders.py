@@ -8,10 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import psutil
+
 from bench.installation import PRODUCTS, Installation
 from bench.loads import Call, Measured, grpc_call, h2load, wrk
 from bench.peers import direct_response, noop
-from bench.platform import envoy, free_address, peer, started_gateway
+from bench.platform import Server, envoy, free_address, peer, started_gateway
 from services.cli.gateway import Lane
 
 NO_OP = "no-op, grpc.aio"
@@ -32,6 +34,10 @@ _PACED_CONCURRENCY = 64
 
 
 class Contender(Protocol):
+    @property
+    def server(self) -> Server:
+        """What answers."""
+
     def saturate(self, concurrency: int, seconds: float) -> Measured:
         """So many calls at once, each followed by the next."""
 
@@ -42,9 +48,11 @@ class Contender(Protocol):
 @dataclass(frozen=True)
 class Grpc:
     """Args:
+    server: that answers.
     calls: for a process of h2load each; drawn anew for every run.
     """
 
+    server: Server
     calls: Callable[[], list[Call]]
 
     def saturate(self, concurrency: int, seconds: float) -> Measured:
@@ -58,32 +66,36 @@ class Grpc:
 class Rest:
     """Args:
     subject: whose users call.
-    address: `host:port` of what answers.
+    server: that answers.
     requests: file for wrk, with all draws.
     answer_bytes: size of the body of an answer, at least.
     """
 
     subject: Installation
-    address: str
+    server: Server
     requests: Path
     answer_bytes: int
 
     def saturate(self, concurrency: int, seconds: float) -> Measured:
         return wrk(
-            self.address, self.requests, concurrency=concurrency, duration_s=seconds, answer_bytes=self.answer_bytes
+            self.server.address,
+            self.requests,
+            concurrency=concurrency,
+            duration_s=seconds,
+            answer_bytes=self.answer_bytes,
         )
 
     def paced(self, rate_s: float, seconds: float) -> Measured:
-        calls = self.subject.rest_calls(self.address, self.answer_bytes)
+        calls = self.subject.rest_calls(self.server.address, self.answer_bytes)
         return h2load(calls, concurrency=_PACED_CONCURRENCY, duration_s=seconds, rate_s=rate_s, latency=True)
 
 
 @contextmanager
 def rest_admits(subject: Installation, lane: Lane, directory: Path) -> Iterator[Rest]:
     """Admits by REST, with a gateway of their own."""
-    with started_gateway(subject, lane, directory) as address:
+    with started_gateway(subject, lane, directory) as server:
         requests = subject.rest_requests(directory / f"{lane}.requests")
-        yield Rest(subject, address, requests, subject.rest_answer_bytes(address))
+        yield Rest(subject, server, requests, subject.rest_answer_bytes(server.address))
 
 
 @contextmanager
@@ -92,20 +104,22 @@ def contenders(subject: Installation, lanes: Iterable[Lane], directory: Path) ->
     with ExitStack() as stack:
         answering: dict[str, Contender] = {}
         no_op = stack.enter_context(peer("noop", directory))
-        no_op_call = grpc_call(no_op, noop.METHOD, _NO_OP_MESSAGE, _NO_OP_MESSAGE, "-")
-        answering[NO_OP] = Grpc(lambda: [no_op_call] * PRODUCTS)
-        answering[ADMIT] = Grpc(lambda: subject.grpc_calls(subject.admission))
+        no_op_call = grpc_call(no_op.address, noop.METHOD, _NO_OP_MESSAGE, _NO_OP_MESSAGE, "-")
+        answering[NO_OP] = Grpc(no_op, lambda: [no_op_call] * PRODUCTS)
+        host = Server(subject.admission.address, (psutil.Process(subject.admission.process.pid),))
+        answering[ADMIT] = Grpc(host, partial(subject.grpc_calls, host.address))
         for lane in lanes:
             rest = stack.enter_context(rest_admits(subject, lane, directory))
-            answering[_GRPC[lane]] = Grpc(partial(subject.grpc_calls, rest.address))
+            answering[_GRPC[lane]] = Grpc(rest.server, partial(subject.grpc_calls, rest.server.address))
             answering[_REST[lane]] = rest
         # h2load knows one body, and so one user, a process; by REST, what that hides can be seen.
         answering[FEW_USERS] = replace(rest, requests=subject.rest_requests(directory / "few.requests", PRODUCTS))
-        direct = free_address()
-        direct_config = direct_response.config(direct, json.dumps("x" * rest.answer_bytes))
-        stack.enter_context(envoy("direct", direct_config, direct, directory))
-        answering[DIRECT] = replace(rest, address=direct)
+        address = free_address()
+        direct = envoy(
+            "direct", direct_response.config(address, json.dumps("x" * rest.answer_bytes)), address, directory
+        )
+        answering[DIRECT] = replace(rest, server=stack.enter_context(direct))
         platform = subject.platform
         one_process = peer("one_process", directory, platform.database_url, platform.environment["ORCH_MASTER_KEY"])
-        answering[ONE_PROCESS] = replace(rest, address=stack.enter_context(one_process))
+        answering[ONE_PROCESS] = replace(rest, server=stack.enter_context(one_process))
         yield answering

@@ -86,9 +86,7 @@ def latency_figures(percentiles: Mapping[str, Mapping[str, float]]) -> list[Figu
 
 
 def first_admit_figures(times_ms: Sequence[float], backend: str) -> list[Figure]:
-    p50, p99 = None, None
-    if times_ms:
-        p50, p99 = statistics.median(times_ms), statistics.quantiles(times_ms, n=100, method="inclusive")[98]
+    p50, p99 = statistics.median(times_ms), statistics.quantiles(times_ms, n=100, method="inclusive")[98]
     detail = f"{len(times_ms)} users, engines of backend {backend}"
     return [
         Figure(f"first admit of a new user from the warm pool, {name}", most, False, " ms", value, detail)

@@ -43,7 +43,7 @@ class Installation:
     engines: int
     active: int
     provisioner: Service
-    admission: str
+    admission: Service
 
     def draw(self, count: int, product: int | None = None) -> list[int]:
         """Numbers of users, the n-th of them 1/n times as often as the first.
@@ -122,7 +122,7 @@ def installation(database_url: str, directory: Path, engines: int, **settings: s
         active = min(engines, MOST_ACTIVE)
         _fill(platform, products, engines, active)
         admission = platform.admission(provisioner)
-        yield Installation(platform, products, engines, active, provisioner, admission.address)
+        yield Installation(platform, products, engines, active, provisioner, admission)
 
 
 def register(platform: Platform, provisioner: Service, count: int) -> list[Product]:

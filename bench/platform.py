@@ -8,7 +8,10 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from bench.installation import Installation
 from services.cli import gateway
@@ -18,6 +21,21 @@ from services.cli.health import answering
 from tests.harness import ROOT
 
 _START_S = 30.0
+
+
+@dataclass(frozen=True)
+class Server:
+    """Args:
+    address: `host:port` that it listens on.
+    processes: all that take part in an answer, but PostgreSQL.
+    """
+
+    address: str
+    processes: Sequence[psutil.Process]
+
+    def processor_s(self) -> float:
+        """Seconds that they have computed so far."""
+        return sum(times.user + times.system for times in (process.cpu_times() for process in self.processes))
 
 
 def free_address() -> str:
@@ -31,7 +49,7 @@ def process(
     log: Path,
     environment: Mapping[str, str] | None = None,
     directory: Path = ROOT,
-) -> Iterator[None]:
+) -> Iterator[psutil.Process]:
     """Runs a server; inside, it listens on `address`.
 
     Args:
@@ -49,7 +67,7 @@ def process(
         )  # fmt: skip
     try:
         _await_listener(server, address, log)
-        yield
+        yield psutil.Process(server.pid)
     finally:
         server.terminate()
         try:
@@ -75,31 +93,32 @@ def _await_listener(server: subprocess.Popen[bytes], address: str, log: Path) ->
 @contextmanager
 def envoy(
     name: str, config: str, address: str, directory: Path, environment: Mapping[str, str] | None = None
-) -> Iterator[None]:
+) -> Iterator[Server]:
     """Runs Envoy with as many threads and the same logs as the gateway has."""
     file = directory / f"{name}.yaml"
     file.write_text(config)
-    with process(gateway.command(file), address, directory / f"{name}.log", environment):
-        yield
+    with process(gateway.command(file), address, directory / f"{name}.log", environment) as server:
+        yield Server(address, (server,))
 
 
 @contextmanager
-def started_gateway(subject: Installation, lane: Lane, directory: Path) -> Iterator[str]:
-    """The gateway of an installation, in the fast lane with an Admission of its own inside; gives its address."""
+def started_gateway(subject: Installation, lane: Lane, directory: Path) -> Iterator[Server]:
+    """The gateway of an installation, in the fast lane with an Admission of its own inside."""
     address = free_address()
-    admission = None if lane is Lane.FAST else subject.admission
+    admission = None if lane is Lane.FAST else subject.admission.address
     config = gateway.render(gateway.GatewaySettings(address, admission, subject.provisioner.address))
     environment = dict(gateway.lane_environment() or {}) if lane is Lane.FAST else {}
     environment |= subject.platform.environment | {"ORCH_PROVISIONER_ADDR": subject.provisioner.address}
-    with envoy(f"{lane}-gateway", config, address, directory, environment):
+    with envoy(f"{lane}-gateway", config, address, directory, environment) as server:
         asyncio.run(asyncio.wait_for(answering(address), _START_S))
-        yield address
+        behind = () if lane is Lane.FAST else (psutil.Process(subject.admission.process.pid),)
+        yield Server(address, (*server.processes, *behind))
 
 
 @contextmanager
-def peer(name: str, directory: Path, *arguments: str) -> Iterator[str]:
-    """Runs `bench.peers.<name>`; gives its address."""
+def peer(name: str, directory: Path, *arguments: str) -> Iterator[Server]:
+    """Runs `bench.peers.<name>`."""
     address = free_address()
     command = [sys.executable, "-m", f"bench.peers.{name}", address, *arguments]
-    with process(command, address, directory / f"{name}.log"):
-        yield address
+    with process(command, address, directory / f"{name}.log") as server:
+        yield Server(address, (server,))

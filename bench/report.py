@@ -115,9 +115,11 @@ def _machine_line(where: dict[str, Any]) -> str:
 
 
 def _rates(details: dict[str, Any]) -> str:
-    lines = ["| requests/s, 64 calls at once | median | rounds |", "|---|---|---|"]
+    lines = ["| 64 calls at once | requests/s, median | µs of processors a call | requests/s of each round |"]
+    lines += ["|---|---|---|---|"]
     for name, rates in details["throughput"].items():
-        lines.append(f"| {name} | {median(rates):,.0f} | {', '.join(f'{rate:,.0f}' for rate in rates)} |")
+        cost = median(details["processor time, µs a call"][name])
+        lines.append(f"| {name} | {median(rates):,.0f} | {cost:.0f} | {', '.join(f'{rate:,.0f}' for rate in rates)} |")
     if hub := details.get("JupyterHub"):
         lines += ["", f"JupyterHub: {', '.join(f'{value:,.0f} {what}' for what, value in hub.items())}."]
     return "\n".join([*lines, ""])
