@@ -130,8 +130,10 @@ def measure(server: str, server_log: Path, directory: Path, plan: Plan) -> tuple
             subject = stack.enter_context(installation(new_database(server), home, size))
             subjects[size] = stack.enter_context(rest_admits(subject, lanes[-1], home))
         by_size = by_registry_size(subjects, plan)
-    announce("how soon changes are known")
-    stale = staleness.measure(new_database(server), directory / "stale", plan.staleness_rounds)
+    stale = {}
+    if plan.staleness_rounds:
+        announce("how soon changes are known")
+        stale = staleness.measure(new_database(server), directory / "stale", plan.staleness_rounds)
     here = containers.image_is_here()
     announce("first admits of new users")
     backend = BackendKind.DOCKER if here else BackendKind.PROCESS

@@ -115,7 +115,8 @@ def round_trip_figure(found: RoundTrips) -> Figure:
 def staleness_figures(times_ms: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Figure]:
     figures = []
     for way, what, most in (("notified", "with notifications", 100), ("mute", "with none arriving", 5000)):
-        slowest = {change: max(times) for change, times in times_ms[way].items()}
+        slowest = {change: max(times) for change, times in times_ms.get(way, {}).items()}
         detail = ", ".join(f"{change} {value:.0f}" for change, value in slowest.items())
-        figures.append(Figure(f"until a change is known, {what}", most, False, " ms", max(slowest.values()), detail))
+        value = max(slowest.values(), default=None)
+        figures.append(Figure(f"until a change is known, {what}", most, False, " ms", value, detail))
     return figures

@@ -76,7 +76,7 @@ def h2load(
         latency: also takes down how long each call took, which costs the generator some.
 
     Raises:
-        WrongAnswers: calls failed, or answers had another size than right ones.
+        WrongAnswers: calls failed, answers were too short to be right, or there were none.
     """
     calls = calls[:concurrency]
     with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
@@ -95,6 +95,8 @@ def h2load(
             running.append(process)
         outputs = [process.communicate(timeout=duration_s + _MARGIN_S)[0] for process in running]
         requests_s = sum(read_h2load(call, output) for call, output in zip(calls, outputs, strict=True))
+        if not requests_s:
+            raise WrongAnswers(f"{calls[0].address} answers nothing")
         return Measured(requests_s, _percentiles(directory) if latency else {})
 
 
@@ -117,7 +119,7 @@ def read_h2load(call: Call, output: str) -> float:
     """The calls a second that h2load says it has made.
 
     Raises:
-        WrongAnswers: it made none, calls failed, or answers were too short to be right.
+        WrongAnswers: calls failed, or answers were too short to be right.
     """
     rate = re.search(r"^finished in .*, ([\d.]+) req/s", output, re.MULTILINE)
     counts = re.search(r"^requests: .* (\d+) succeeded, (\d+) failed, (\d+) errored", output, re.MULTILINE)
@@ -126,9 +128,8 @@ def read_h2load(call: Call, output: str) -> float:
         raise WrongAnswers(f"h2load: {output[-500:]}")
     succeeded, failed, errored = map(int, counts.groups())
     # An error of gRPC is a success of HTTP, with an empty body. Of a moment, JSON has no trailing noughts.
-    size = int(data[1]) / max(succeeded, 1)
-    if failed or errored or size < 0.98 * call.answer_bytes:
-        raise WrongAnswers(f"{call.address}: {counts[0]}, {size:.0f} bytes an answer for {call.answer_bytes}")
+    if failed or errored or int(data[1]) < 0.98 * succeeded * call.answer_bytes:
+        raise WrongAnswers(f"{call.address}: {counts[0]}, {data[1]} bytes, and not {call.answer_bytes} for each")
     return float(rate[1])
 
 

@@ -13,7 +13,7 @@ class Plan:
     Args:
         rounds: in each of which everything that is compared runs once.
         sizes: engines in the registry.
-        staleness_rounds: of every change, with notifications and without.
+        staleness_rounds: of every change, with notifications and without; 0 for none.
         new_users: admitted for the first time.
         cold_pairs: of an engine made by the platform and one made without it.
         spawns: of servers by JupyterHub.
@@ -36,10 +36,10 @@ class Plan:
 FULL = Plan(
     directory=ROOT / "docs" / "benchmarks",
     rounds=5,
-    seconds=3,
+    seconds=2,
     curve_seconds=2,
     concurrencies=(1, 4, 16, 64, 256),
-    paced_seconds=4,
+    paced_seconds=3,
     sizes=(1_000, 10_000, 100_000, 1_000_000),
     round_trip_seconds=20,
     staleness_rounds=3,
@@ -55,9 +55,9 @@ QUICK = Plan(
     concurrencies=(1, 256),
     paced_seconds=1,
     sizes=(10_000, 100_000),
-    round_trip_seconds=3,
-    staleness_rounds=1,
-    new_users=5,
-    cold_pairs=2,
+    round_trip_seconds=2,
+    staleness_rounds=0,
+    new_users=3,
+    cold_pairs=1,
     spawns=2,
 )

@@ -11,7 +11,7 @@ from bench.loads import h2load
 
 RATE_S = 1000
 _ROLE = "bench_admission"
-_IDLE_S = 3.0
+_IDLE_S = 2.0
 # One line for each: of a statement sent as three messages, that of its execution.
 _EXECUTED = re.compile(r"duration: .* ms  (statement|execute )")
 
