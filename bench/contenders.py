@@ -11,7 +11,7 @@ from typing import Protocol
 import psutil
 
 from bench.installation import PRODUCTS, Installation
-from bench.loads import Call, Measured, grpc_call, h2load, wrk
+from bench.loads import Call, Measured, grpc_call, h2load, once, wrk
 from bench.peers import direct_response, noop
 from bench.platform import Server, envoy, free_address, peer, started_gateway
 from services.cli.gateway import Lane
@@ -92,10 +92,11 @@ class Rest:
 
 @contextmanager
 def rest_admits(subject: Installation, lane: Lane, directory: Path) -> Iterator[Rest]:
-    """Admits by REST, with a gateway of their own."""
+    """Admits by REST, with a gateway of their own, behind which every user is known already."""
     with started_gateway(subject, lane, directory) as server:
-        requests = subject.rest_requests(directory / f"{lane}.requests")
-        yield Rest(subject, server, requests, subject.rest_answer_bytes(server.address))
+        answer_bytes = subject.rest_answer_bytes(server.address)
+        once(subject.all_calls(server.address, answer_bytes))
+        yield Rest(subject, server, subject.rest_requests(directory / f"{lane}.requests"), answer_bytes)
 
 
 @contextmanager

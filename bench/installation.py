@@ -77,16 +77,27 @@ class Installation:
 
     def rest_calls(self, address: str, answer_bytes: int) -> list[Call]:
         """Admits of drawn users by REST, a call for each product."""
+        drawn = [self.draw(_DRAWS // PRODUCTS, number) for number in range(PRODUCTS)]
+        return self._rest_calls(address, answer_bytes, drawn, http1=True)
+
+    def all_calls(self, address: str, answer_bytes: int) -> list[Call]:
+        """Admits of every active user by REST, a call for each product."""
+        everybody = [range(number, self.active, PRODUCTS) for number in range(PRODUCTS)]
+        return self._rest_calls(address, answer_bytes, everybody, http1=False)
+
+    def _rest_calls(
+        self, address: str, answer_bytes: int, users: Iterable[Iterable[int]], *, http1: bool
+    ) -> list[Call]:
         return [
             Call(
                 address,
-                [_path(user) for user in self.draw(_DRAWS // PRODUCTS, number)],
+                [_path(user) for user in called],
                 {"content-type": "application/json", "x-platform-key": product.key},
                 b"{}",
                 answer_bytes,
-                http1=True,
+                http1=http1,
             )
-            for number, product in enumerate(self.products)
+            for product, called in zip(self.products, users, strict=True)
         ]
 
     def rest_requests(self, file: Path, users: int | None = None) -> Path:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 REST_LUA = Path(__file__).with_name("rest.lua")
 _FRAME_HEADER_BYTES = 5
-_MARGIN_S = 30.0
+_MARGIN_S = 60.0
+_ONCE_CONCURRENCY = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +84,14 @@ def h2load(
         directory = Path(name)
         running = []
         for number, call in enumerate(calls):
-            command = _h2load_command(call, directory, number, concurrency // len(calls), duration_s)
+            command = _h2load_command(call, directory, number, concurrency // len(calls))
+            command += ["--duration", f"{duration_s * 1000:.0f}ms"]
             if rate_s is not None:
                 connections = int(command[command.index("--clients") + 1])
                 command += ["--rps", f"{rate_s / len(calls) / connections:.3f}"]
             if latency:
                 command += ["--log-file", str(directory / f"{number}.log")]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            stack.callback(process.wait)
-            stack.callback(process.kill)
-            running.append(process)
+            running.append(_start(command, stack))
         outputs = [process.communicate(timeout=duration_s + _MARGIN_S)[0] for process in running]
         requests_s = sum(read_h2load(call, output) for call, output in zip(calls, outputs, strict=True))
         if not requests_s:
@@ -100,7 +99,30 @@ def h2load(
         return Measured(requests_s, _percentiles(directory) if latency else {})
 
 
-def _h2load_command(call: Call, directory: Path, number: int, concurrency: int, duration_s: float) -> list[str]:
+def once(calls: Sequence[Call]) -> None:
+    """Asks every path of every call once.
+
+    Raises:
+        WrongAnswers: as `h2load`.
+    """
+    with tempfile.TemporaryDirectory() as name, ExitStack() as stack:
+        directory = Path(name)
+        running = []
+        for number, call in enumerate(calls):
+            command = [*_h2load_command(call, directory, number, _ONCE_CONCURRENCY), "-n", f"{len(call.paths)}"]
+            running.append(_start(command, stack))
+        for call, process in zip(calls, running, strict=True):
+            read_h2load(call, process.communicate(timeout=_MARGIN_S)[0])
+
+
+def _start(command: Sequence[str], stack: ExitStack) -> subprocess.Popen[str]:
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    stack.callback(process.wait)
+    stack.callback(process.kill)
+    return process
+
+
+def _h2load_command(call: Call, directory: Path, number: int, concurrency: int) -> list[str]:
     body, uris = directory / f"{number}.body", directory / f"{number}.uris"
     body.write_bytes(call.body or b"")
     uris.write_text("".join(f"http://{call.address}{path}\n" for path in call.paths))
@@ -109,7 +131,6 @@ def _h2load_command(call: Call, directory: Path, number: int, concurrency: int, 
     headers = [option for name, value in call.headers.items() for option in ("-H", f"{name}: {value}")]
     return [
         "h2load", *spread, *headers,
-        *("--duration", f"{duration_s * 1000:.0f}ms"),
         *(() if call.body is None else ("--data", str(body))),
         *("--input-file", str(uris)),
     ]  # fmt: skip
