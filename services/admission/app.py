@@ -13,7 +13,8 @@ from services.admission.activity import ActivityLog
 from services.admission.admit import Admission
 from services.admission.calls import AdmissionCalls
 from services.admission.provisioner_client import ProvisionerClient
-from services.admission.ratelimit import SqlLimiter
+from services.admission.ratelimit import LeasedLimiter
+from services.admission.ratelimit_sql import SqlLedger, forget_replica
 from services.admission.read_model import ReadModel
 from services.admission.registry_sql import SqlRegistry
 from services.admission.servicer import handlers
@@ -83,16 +84,22 @@ async def core(settings: AdmissionSettings) -> AsyncIterator[AdmissionCalls]:
         activity = ActivityLog(database, replica_id, lambda: registry.known_at)
         for dead in replica.dead(replicas):
             await activity.bury(dead)
+            await forget_replica(database, dead)
             replica.forget(replicas, dead)
         await activity.open()
         stack.push_async_callback(activity.close)
+        ledger = SqlLedger(database, replica_id, stale_ok_s=settings.stale_ok_s)
+        stack.push_async_callback(ledger.close)
+        limiter = LeasedLimiter(ledger, stale_ok_s=settings.stale_ok_s)
+        stack.push_async_callback(limiter.close)
         await stack.enter_async_context(
             background(
                 supervise(
                     registry=registry.run(),
                     listener=database.listen("changes", registry.hear),
                     activity=activity.run(),
+                    limiter=limiter.run(),
                 )
             )
         )
-        yield AdmissionCalls(Admission(registry, SqlLimiter(database), provisioner, activity))
+        yield AdmissionCalls(Admission(registry, limiter, provisioner, activity))

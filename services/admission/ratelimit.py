@@ -1,20 +1,54 @@
-"""The limit on a product's admits: no more than `rate_limit_rpm` in any 60 seconds.
+"""The limit on a product's admits: no more than `rate_limit_rpm` in any 60 seconds, over all replicas.
 
-PostgreSQL grants the tokens, in one statement under the product's lock and on its own clock, so
-that the limit holds over all replicas and restarts.
+Each replica holds a share of a product's limit, leased from a ledger that all replicas have in
+common. It counts its own admits on its own monotonic clock, and makes no more of them in any window
+than its share. The ledger never lets the shares of a product add up to more than the limit.
+
+Why that is exact: at any moment the admits that a replica has made in the past window are at most
+the share that the ledger believes it to have (`Share` says by which rules), be it that answers are
+lost, that the ledger is out of reach, or that a policy changes; and the sum of what the ledger
+believes is at most the limit whenever it grants. A share of a replica that has left counts until its
+admits have left the window, and one that is not heard of until it cannot be used any more.
+
+Why little of it stays unused: what a replica does not need is given back after a lease, or sooner
+if others are short, and while they stay short nobody uses more than an even part.
 """
 
+import asyncio
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
+from uuid import UUID
+
+import structlog
 
 from services.admission.domain import Product
-from services.admission.registry_sql import SQL
-from services.shared.errors import RateLimited
-from services.shared.postgres import Database
+from services.admission.ratelimit_share import Claim, Grant, Share, Waiter
+from services.shared.errors import RateLimited, ServiceError, Unavailable
+from services.shared.loops import Pulse
 
-_WINDOW_S = 60
+log = structlog.get_logger(__name__)
+
+WINDOW_S = 60.0
+LEASE_S = 0.3
+ANSWER_S = 1.0
+"""Longest wait for an answer of the ledger; what is on its way for longer counts as lost."""
+
+PROMISED_ANSWERS = 8
+"""How long a promise holds, in times `ANSWER_S`."""
+
+# How long a call waits for what others give up: till they have noticed, and it has asked again.
+_RECLAIMING_LEASES = 3
 
 
 class Limiter(Protocol):
+    def take_now(self, product: Product) -> bool:
+        """Takes a token that is at hand; false if the registry has to be asked for it. Never waits.
+
+        Raises:
+            RateLimited: as far as is known none is left; says after how many seconds one is.
+        """
+
     async def take(self, product: Product) -> None:
         """Takes one token of the product's.
 
@@ -24,24 +58,184 @@ class Limiter(Protocol):
         """
 
 
-class SqlLimiter:
-    """Takes every token from PostgreSQL."""
+class Ledger(Protocol):
+    """Who holds which share. Errors: `Unavailable` within `ANSWER_S` if there is no answer."""
 
-    def __init__(self, database: Database) -> None:
-        self._database = database
+    async def exchange(self, claims: Sequence[Claim], spare: Sequence[UUID]) -> Mapping[UUID, Grant | None]:
+        """Carries out claims, at most one by product.
+
+        Args:
+            claims: of this replica.
+            spare: products of which this replica holds more than it needs.
+
+        Returns:
+            What was granted, by product. None for a product of `spare` that others are short of.
+        """
+
+    async def leave(self) -> None:
+        """This replica makes no more admits than it has made known."""
+
+
+class LeasedLimiter:
+    """Args:
+    ledger: where the shares come from.
+    stale_ok_s: how long a share holds without the ledger, in seconds.
+    window_s: of the limit.
+    lease_s: after which unused tokens are given back, in seconds. One claim in that time, for
+        all products together, keeps a busy replica going.
+    answer_s: the ledger's longest wait.
+    clock: seconds that never go back.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        *,
+        stale_ok_s: float,
+        window_s: float = WINDOW_S,
+        lease_s: float = LEASE_S,
+        answer_s: float = ANSWER_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._ledger = ledger
+        self._stale_ok_s = stale_ok_s
+        self._window_s = window_s
+        self._lease_s = lease_s
+        self._promised_s = PROMISED_ANSWERS * answer_s
+        self._clock = clock
+        self._shares: dict[UUID, Share] = {}
+        self._waiting: dict[UUID, Share] = {}
+        self._asked = Pulse()
+        self._reachable = True
+
+    def take_now(self, product: Product) -> bool:
+        limit = product.rate_limit_rpm
+        if limit is None:
+            return True
+        share = self._shares.get(product.product_id)
+        if share is None:
+            return False
+        if share.limit != limit:
+            share.limited(limit)
+        now = self._clock()
+        if share.take(now):
+            return True
+        if now < share.ask_at and len(share.waiters) >= share.reclaimable:
+            share.refused += 1
+            raise _limited(share, now)
+        return False
 
     async def take(self, product: Product) -> None:
-        if product.rate_limit_rpm is None:
+        if self.take_now(product):
             return
-        values = {
-            "product_id": product.product_id,
-            "rate_limit_rpm": product.rate_limit_rpm,
-            "window_s": _WINDOW_S,
-        }
-        async with self._database.connection() as connection:
-            cursor = await connection.execute(SQL["take_token"], values)
-            row = await cursor.fetchone()
-        if row is not None and row["wait_s"] is not None:
-            raise RateLimited(
-                f"the product is over its {product.rate_limit_rpm} admits a minute", retry_after_s=row["wait_s"]
+        assert product.rate_limit_rpm is not None
+        share = self._shares.get(product.product_id)
+        if share is None:
+            share = self._shares[product.product_id] = Share(
+                product.product_id,
+                product.rate_limit_rpm,
+                window_s=self._window_s,
+                lease_s=self._lease_s,
+                stale_ok_s=self._stale_ok_s,
+                promised_s=self._promised_s,
             )
+        now = self._clock()
+        if not self._reachable:
+            raise _unreachable(share, now)
+        waiter = Waiter(asyncio.get_running_loop().create_future(), now + _RECLAIMING_LEASES * self._lease_s)
+        share.waiters.append(waiter)
+        if now >= share.ask_at:
+            self._waiting[product.product_id] = share
+            self._asked.give()
+        await waiter.token
+
+    async def run(self) -> None:
+        """Asks for what calls wait for, one exchange at a time, and looks after all shares once in a lease."""
+        tick_at = self._clock()
+        while True:
+            await self._asked.wait(max(tick_at - self._clock(), 0))
+            if self._clock() < tick_at:
+                await self._exchange({share: share.claim(self._clock(), promised=True) for share in self._asking()}, [])
+            else:
+                tick_at = self._clock() + self._lease_s
+                await self.tick()
+
+    async def tick(self) -> None:
+        """Claims what is needed of late, gives back what isn't, and tries again if the ledger was out of reach."""
+        now = self._clock()
+        self._asking()
+        claims = {s: s.claim(now, promised=self._reachable) for s in self._shares.values() if s.due(now)}
+        spare = [share.product_id for share in self._shares.values() if share.spare and share not in claims]
+        for share in self._shares.values():
+            share.lapse()
+        if claims or spare or not self._reachable:
+            await self._exchange(claims, spare)
+        for share in [share for share in claims if share.empty]:
+            del self._shares[share.product_id]
+
+    async def close(self) -> None:
+        """Gives back all that was not used; without the ledger, it is kept until it can't be used any more."""
+        now = self._clock()
+        try:
+            await self._ledger.exchange([share.leave(now) for share in self._shares.values()], [])
+            await self._ledger.leave()
+        except Unavailable:
+            log.warning("shares_kept", shares=len(self._shares))
+        for share in self._shares.values():
+            self._serve(share, _unreachable)
+
+    def _asking(self) -> list[Share]:
+        """The shares for which calls wait, which from now on have been asked for."""
+        asking, self._waiting = list(self._waiting.values()), {}
+        return asking
+
+    async def _exchange(self, claims: Mapping[Share, Claim], spare: Sequence[UUID]) -> None:
+        limits = {share: share.limit for share in claims}
+        sent_at = self._clock()
+        try:
+            grants = await self._ledger.exchange(list(claims.values()), spare)
+        except Unavailable:
+            self._reachable = False
+            self._waiting = {}
+            for share in self._shares.values():
+                self._serve(share, _unreachable)
+            return
+        self._reachable = True
+        now = self._clock()
+        for share, claim in claims.items():
+            grant = grants.get(share.product_id)
+            if grant is None:
+                self._serve(share, _unreachable)
+            else:
+                share.settle(claim, grant, limits[share], sent_at, now)
+                self._serve(share, _limited, patient=grant.reclaimable)
+        for product_id in set(spare) & grants.keys():
+            self._shares[product_id].contended()
+
+    def _serve(self, share: Share, refusal: Callable[[Share, float], ServiceError], *, patient: int = 0) -> None:
+        """Gives tokens to the calls that wait, and refuses the others, but for so many whose time is not up."""
+        now = self._clock()
+        waiters, share.waiters = share.waiters, []
+        for waiter in waiters:
+            if waiter.token.done():
+                continue
+            if share.take(now):
+                waiter.token.set_result(None)
+            elif len(share.waiters) < patient and now < waiter.until:
+                share.waiters.append(waiter)
+            else:
+                waiter.token.set_exception(refusal(share, now))
+
+
+def _limited(share: Share, now: float) -> RateLimited:
+    wait_s = (share.free_at if share.free_at > now else share.ask_at) - now
+    return RateLimited(f"the product is over its {share.limit} admits a minute", retry_after_s=wait_s)
+
+
+def _unreachable(share: Share, now: float) -> ServiceError:
+    if share.full(now):
+        # Certain, whatever the others have.
+        return RateLimited(
+            f"the product is over its {share.limit} admits a minute", retry_after_s=share.own_free_at() - now
+        )
+    return Unavailable("the registry can't be reached")

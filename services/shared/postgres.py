@@ -63,7 +63,7 @@ class Database:
         Raises:
             Unavailable: PostgreSQL can't be reached.
         """
-        with _translated():
+        with translated():
             await self._pool.open(wait=True, timeout=30)
 
     async def close(self) -> None:
@@ -76,7 +76,7 @@ class Database:
         Raises:
             Unavailable: PostgreSQL can't be reached, is overloaded, or did not answer in time.
         """
-        with _translated():
+        with translated():
             async with self._pool.connection() as connection:
                 yield connection
 
@@ -89,6 +89,15 @@ class Database:
         """
         async with self.connection() as connection, connection.transaction():
             yield connection
+
+    async def connect(self) -> Connection:
+        """A connection of the caller's own, outside of the pool, in autocommit mode.
+
+        What it raises is the driver's; `translated` makes it `Unavailable`.
+        """
+        return await psycopg.AsyncConnection.connect(
+            self._url, autocommit=True, row_factory=dict_row, **self._parameters
+        )
 
     async def listen(self, channel: str, heard: Callable[[str], None]) -> None:
         """Calls `heard` with every payload of a NOTIFY on `channel`, and with `""` after every (re)connect.
@@ -119,7 +128,7 @@ async def _check(connection: Connection) -> None:
         await AsyncConnectionPool.check_connection(connection)
 
 
-class _translated:  # noqa: N801 - used like a function
+class translated:  # noqa: N801 - used like a function
     """Turns the driver's errors of reachability into `Unavailable`, whose text says nothing of the inside."""
 
     def __enter__(self) -> None:

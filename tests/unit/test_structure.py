@@ -10,8 +10,18 @@ MODULES = sorted((ROOT / "services").rglob("*.py"))
 # What talks gRPC or knows the gateway's contract.
 GENERATED_ALLOWED = ("servicer", "calls", "servicers.", "provisioner_client", "grpc_server")
 SERVED = ("app", "servicers", "servicer", "calls", "loops", "store")
-EDGES = ("servicers", "servicer", "calls", "loops", "store", "backends", "registry_sql", "provisioner_client")
-USE_CASES = ("fleet", "lifecycle", "products", "execution", "admit", "registry", "ratelimit")
+EDGES = (
+    "servicers",
+    "servicer",
+    "calls",
+    "loops",
+    "store",
+    "backends",
+    "registry_sql",
+    "ratelimit_sql",
+    "provisioner_client",
+)
+USE_CASES = ("fleet", "lifecycle", "products", "execution", "admit", "registry", "ratelimit", "ratelimit_share")
 
 
 def module_name(path: Path) -> str:

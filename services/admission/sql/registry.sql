@@ -23,6 +23,3 @@ SELECT clock_timestamp() AS at
 SELECT pg_snapshot_xmin(pg_current_snapshot())::text AS next, change_id, product_id, user_id
 FROM (SELECT) AS one
 LEFT JOIN changes ON xact >= %(since)s::xid8
-
--- name: take_token
-SELECT take_token(%(product_id)s, %(rate_limit_rpm)s, make_interval(secs => %(window_s)s)) AS wait_s
