@@ -4,7 +4,7 @@ import asyncio
 import sys
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import structlog
 
@@ -82,9 +82,13 @@ async def core(settings: AdmissionSettings) -> AsyncIterator[AdmissionCalls]:
         replica_id, replicas = uuid4(), settings.var_dir / "admission"
         stack.enter_context(replica.alive(replicas, replica_id))
         activity = ActivityLog(database, replica_id, lambda: registry.known_at)
-        for dead in replica.dead(replicas):
+
+        async def bury(dead: UUID) -> None:
             await activity.bury(dead)
             await forget_replica(database, dead)
+
+        for dead in replica.dead(replicas):
+            await bury(dead)
             replica.forget(replicas, dead)
         await activity.open()
         stack.push_async_callback(activity.close)
@@ -99,6 +103,7 @@ async def core(settings: AdmissionSettings) -> AsyncIterator[AdmissionCalls]:
                     listener=database.listen("changes", registry.hear),
                     activity=activity.run(),
                     limiter=limiter.run(),
+                    burials=replica.watch(replicas, bury),
                 )
             )
         )

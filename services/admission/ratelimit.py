@@ -236,6 +236,6 @@ def _unreachable(share: Share, now: float) -> ServiceError:
     if share.full(now):
         # Certain, whatever the others have.
         return RateLimited(
-            f"the product is over its {share.limit} admits a minute", retry_after_s=share.own_free_at() - now
+            f"the product is over its {share.limit} admits a minute", retry_after_s=share.below_at(share.limit) - now
         )
     return Unavailable("the registry can't be reached")

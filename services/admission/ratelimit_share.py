@@ -153,13 +153,12 @@ class Share:
         self._forget(now)
         return self._count >= self.limit
 
-    def own_free_at(self) -> float:
-        """When this share alone has a token again."""
-        usable = self._usable
-        leaving = self._count - usable + 1
+    def below_at(self, n: int) -> float:
+        """When fewer than `n` admits are in the window, if none is added."""
+        leaving = self._count - n + 1
         for admits in self._admits:
             leaving -= admits.n
-            if leaving <= 0 and usable > 0:
+            if leaving <= 0:
                 return admits.last_at + self._window_s
         return inf
 
@@ -186,14 +185,14 @@ class Share:
 
         Args:
             now: the moment from which the claim is on its way.
-            promised: false while the ledger can't be reached.
+            promised: false while the ledger can't be reached: nothing is promised then, nor given back.
         """
         self._forget(now)
         if now >= self._trusted_until:
             self._bound = self._count
-        self._bound = max(self._count, min(self._bound, self._wanted()))
-        need = min(self._need(), max(self.limit, self._count))
-        return self._bound_claim(now, need, promised=promised)
+        if promised:
+            self._bound = max(self._count, min(self._bound, self._wanted()))
+        return self._bound_claim(now, self._need(), promised=promised)
 
     def leave(self, now: float) -> Claim:
         """Ends: no more admits."""
@@ -223,7 +222,7 @@ class Share:
         if claim.bound + grant.granted < claim.need or grant.cap < claim.need:
             # Beyond the end of the lease, at which the ledger is asked again if anybody was refused.
             self.ask_at = sent_at + 1.5 * self._lease_s
-            self.free_at = min(self.own_free_at(), max(self.ask_at, now + (grant.wait_s or 0)))
+            self.free_at = min(self.below_at(self._usable), max(self.ask_at, now + (grant.wait_s or 0)))
 
     def _bound_claim(self, now: float, need: int, *, promised: bool) -> Claim:
         self._usable = min(self._bound, self._cap)

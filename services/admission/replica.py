@@ -4,11 +4,16 @@ The lock goes with the process, however that ends. So whoever gets the lock of a
 certain that it is dead, and need not wait until it must be.
 """
 
+import asyncio
 import fcntl
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import UUID
+
+from services.shared.errors import Unavailable
+
+_INTERVAL_S = 0.5
 
 
 @contextmanager
@@ -34,11 +39,9 @@ def dead(directory: Path) -> list[UUID]:
     for path in directory.iterdir():
         if path.suffix:
             continue
-        with path.open() as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
+        # It is locked by the living, and gone if another has just forgotten it.
+        with suppress(BlockingIOError, FileNotFoundError), path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             ended.append(UUID(path.name))
     return ended
 
@@ -46,3 +49,18 @@ def dead(directory: Path) -> list[UUID]:
 def forget(directory: Path, replica_id: UUID) -> None:
     """Nobody needs to know any more that this replica has ended."""
     (directory / str(replica_id)).unlink(missing_ok=True)
+
+
+async def watch(directory: Path, bury: Callable[[UUID], Awaitable[None]]) -> None:
+    """Buries whoever dies, soon after: what is held for the dead, nobody else can use.
+
+    Args:
+        directory: of the replicas.
+        bury: told of a dead one, perhaps more than once; `Unavailable` if it has to be told again.
+    """
+    while True:
+        await asyncio.sleep(_INTERVAL_S)
+        for replica_id in dead(directory):
+            with suppress(Unavailable):
+                await bury(replica_id)
+                forget(directory, replica_id)

@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 from uuid import UUID
 
 import structlog
@@ -53,7 +54,7 @@ def _log_admits(path: str) -> None:
             os.write(log, struct.pack("d", now))
         return taken
 
-    Share.take = logged  # type: ignore[method-assign]
+    Share.take = logged  # type: ignore[assignment,method-assign]
 
 
 async def main(orders: Orders) -> None:
@@ -61,9 +62,14 @@ async def main(orders: Orders) -> None:
     replica_id = UUID(orders.replica_id)
     database = Database(orders.url, application_name=f"limiter-{replica_id}")
     await database.open()
-    times = {"window_s": orders.window_s, "lease_s": orders.lease_s, "answer_s": orders.answer_s}
-    ledger = SqlLedger(database, replica_id, stale_ok_s=orders.stale_ok_s, **times)
-    limiter = LeasedLimiter(ledger, stale_ok_s=orders.stale_ok_s, **times)
+    times: dict[str, Any] = {
+        "stale_ok_s": orders.stale_ok_s,
+        "window_s": orders.window_s,
+        "lease_s": orders.lease_s,
+        "answer_s": orders.answer_s,
+    }
+    ledger = SqlLedger(database, replica_id, **times)
+    limiter = LeasedLimiter(ledger, **times)
     product = Product(UUID(orders.product_id), orders.limit, 0)
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
