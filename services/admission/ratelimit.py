@@ -208,7 +208,12 @@ class LeasedLimiter:
                 self._serve(share, _unreachable)
             else:
                 share.settle(claim, grant, limits[share], sent_at, now)
-                self._serve(share, _limited, patient=grant.reclaimable)
+                # Got what it needed, and other calls were quicker: once more.
+                again = now >= share.ask_at
+                self._serve(share, _limited, patient=len(share.waiters) if again else grant.reclaimable)
+                if again and share.waiters:
+                    self._waiting[share.product_id] = share
+                    self._asked.give()
         for product_id in set(spare) & grants.keys():
             self._shares[product_id].contended()
 
@@ -228,8 +233,7 @@ class LeasedLimiter:
 
 
 def _limited(share: Share, now: float) -> RateLimited:
-    wait_s = (share.free_at if share.free_at > now else share.ask_at) - now
-    return RateLimited(f"the product is over its {share.limit} admits a minute", retry_after_s=wait_s)
+    return RateLimited(f"the product is over its {share.limit} admits a minute", retry_after_s=share.free_after_s(now))
 
 
 def _unreachable(share: Share, now: float) -> ServiceError:

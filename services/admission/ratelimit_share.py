@@ -162,6 +162,11 @@ class Share:
                 return admits.last_at + self._window_s
         return inf
 
+    def free_after_s(self, now: float) -> float:
+        """Seconds after which a token that was asked for in vain is free, as far as is known."""
+        moment = self.free_at if self.free_at > now else self.ask_at
+        return moment - now if moment > now else self._lease_s
+
     @property
     def spare(self) -> bool:
         return self._keep > 0 and self._bound > self._count

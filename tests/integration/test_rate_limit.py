@@ -299,3 +299,61 @@ async def test_a_replica_that_was_stopped_has_not_missed_what_went_on(field: Fie
         await asyncio.sleep(WINDOW_S)
         stopped.process.send_signal(signal.SIGCONT)
     field.check()
+
+
+async def test_beside_the_version_before_the_limit_is_one(field: Field, database: Database) -> None:
+    """That takes token by token, by `take_token`."""
+    taken: list[float] = []
+    await field.start()
+    until = time.monotonic() + 4 * WINDOW_S
+    async with database.connection() as connection:
+        while time.monotonic() < until:
+            before = time.monotonic()
+            cursor = await connection.execute(
+                "SELECT take_token(%s, %s, make_interval(secs => %s)) AS wait_s", [field.product_id, LIMIT, WINDOW_S]
+            )
+            row = await cursor.fetchone()
+            assert row is not None
+            if row["wait_s"] is None:
+                taken.append(before)
+            else:
+                await asyncio.sleep(0.01)
+    assert taken
+    # Tokens are dated in the call: up to the time that it took.
+    admits = sorted(field.admits() + taken)
+    apart = [later - earlier for earlier, later in zip(admits, admits[LIMIT:], strict=False)]
+    assert min(apart) > WINDOW_S - 0.1
+
+
+@pytest.mark.parametrize("step", ["1 hour", "-1 hour"])
+async def test_the_limit_outlasts_a_step_of_the_registrys_clock(field: Field, database: Database, step: str) -> None:
+    """A clock in front of PostgreSQL's own, as every session's first schema."""
+    async with database.connection() as connection:
+        await connection.execute("CREATE SCHEMA stepped")
+        await connection.execute("CREATE TABLE stepped.step AS SELECT interval '0' AS by")
+        await connection.execute(
+            "CREATE FUNCTION stepped.clock_timestamp() RETURNS timestamptz LANGUAGE sql VOLATILE"
+            " AS 'SELECT pg_catalog.clock_timestamp() + by FROM stepped.step'"
+        )
+        await connection.execute(
+            "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET search_path = stepped, pg_catalog, public',"
+            " current_database()); END $$"
+        )
+    for _ in range(2):
+        await field.start()
+    await asyncio.sleep(WINDOW_S)
+    async with database.connection() as connection:
+        await connection.execute("UPDATE stepped.step SET by = %s", [step])
+    begun = time.monotonic()
+    await asyncio.sleep(2 * WINDOW_S)
+    assert field.used(begun, time.monotonic()) > 0.9
+    # Of the dead, whose shares the clock frees.
+    field.replicas[0].kill()
+    await field.start()
+    await asyncio.sleep(WINDOW_S)
+    field.check()
+    async with database.connection() as connection:
+        cursor = await connection.execute("SELECT ahead FROM rate_clock")
+        row = await cursor.fetchone()
+    assert row is not None
+    assert abs(row["ahead"].total_seconds()) > 3000

@@ -2,7 +2,6 @@
 
 import asyncio
 from typing import Any
-from uuid import UUID, uuid4
 
 import psycopg
 import pytest
@@ -10,9 +9,6 @@ import pytest
 from services.provisioner.store.migrations import migrate
 from services.shared.errors import Unavailable
 from services.shared.postgres import Database
-from tests.harness import eventually
-
-TAKE = "SELECT take_token(%s, %s, make_interval(secs => 60))"
 
 
 def columns(url: str) -> list[tuple[Any, ...]]:
@@ -77,77 +73,3 @@ async def test_a_listener_hears_and_reconnects(database_url: str) -> None:
         await hears()
     listener.cancel()
     await asyncio.wait([listener])
-
-
-@pytest.fixture
-async def limited(database_url: str) -> UUID:
-    """A product with a limiter."""
-    await migrate(database_url)
-    product_id = uuid4()
-    with psycopg.connect(database_url, autocommit=True) as connection:
-        connection.execute(
-            "INSERT INTO products (product_id, slug, max_engines, allowed_images) VALUES (%s, 'p', 1, '{}')",
-            [product_id],
-        )
-        connection.execute("INSERT INTO rate_limiters (product_id) VALUES (%s)", [product_id])
-    return product_id
-
-
-async def take(url: str, product_id: UUID, limit: int) -> float | None:
-    async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
-        cursor = await connection.execute(TAKE, [product_id, limit])
-        row = await cursor.fetchone()
-        assert row is not None
-        wait: float | None = row[0]
-        return wait
-
-
-async def test_tokens_taken_at_once_never_exceed_the_limit(database_url: str, limited: UUID) -> None:
-    waits = await asyncio.gather(*(take(database_url, limited, 20) for _ in range(50)))
-    assert sum(wait is None for wait in waits) == 20
-
-
-async def test_a_grant_is_dated_after_the_wait_for_the_lock(database_url: str, limited: UUID) -> None:
-    """A grant dated to before its wait would leave the window too early."""
-    with psycopg.connect(database_url) as holder:
-        holder.execute("SELECT 1 FROM rate_limiters WHERE product_id = %s FOR UPDATE", [limited])
-        waiting = asyncio.create_task(take(database_url, limited, 1))
-        with psycopg.connect(database_url, autocommit=True) as observer:
-            await asyncio.to_thread(
-                eventually,
-                lambda: observer.execute("SELECT 1 FROM pg_locks WHERE NOT granted").fetchall(),
-                "the other waits for the lock",
-            )
-            released = observer.execute("SELECT clock_timestamp()").fetchone()
-        holder.commit()
-        assert await waiting is None
-        granted = holder.execute("SELECT granted_at FROM rate_grants").fetchone()
-    assert granted is not None
-    assert released is not None
-    assert granted[0] >= released[0]
-
-
-async def test_time_does_not_go_back_for_the_limiter(database_url: str, limited: UUID) -> None:
-    with psycopg.connect(database_url, autocommit=True) as connection:
-        # As after a step of the host's clock: the last grant lies ahead of the clock.
-        connection.execute("UPDATE rate_limiters SET last_at = clock_timestamp() + interval '30 s'")
-        assert await take(database_url, limited, 1) is None
-        ahead = connection.execute("SELECT granted_at > clock_timestamp() + interval '20 s' FROM rate_grants")
-        assert ahead.fetchone() == (True,)
-    wait = await take(database_url, limited, 1)
-    assert wait is not None
-    assert 59 < wait <= 60
-
-
-async def test_a_changed_limit_holds_at_once_and_old_grants_are_let_go(database_url: str, limited: UUID) -> None:
-    for _ in range(5):
-        assert await take(database_url, limited, 10) is None
-    assert await take(database_url, limited, 5) is not None
-    assert await take(database_url, limited, 6) is None
-    with psycopg.connect(database_url, autocommit=True) as connection:
-        connection.execute("UPDATE rate_grants SET granted_at = granted_at - interval '61 s'")
-        for _ in range(6):
-            assert await take(database_url, limited, 6) is None
-        kept = connection.execute("SELECT count(*) FROM rate_grants").fetchone()
-    assert kept == (6,)
-    assert await take(database_url, limited, 6) is not None
