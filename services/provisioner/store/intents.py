@@ -3,10 +3,12 @@
 Locks are taken in the order product, engine, operation.
 """
 
+import asyncio
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 from uuid import UUID, uuid4
+from weakref import WeakValueDictionary
 
 from services.provisioner.domain.engine import DenialReason, Engine, EngineStatus, Sighting
 from services.provisioner.domain.intent import Newborn, Pending
@@ -48,6 +50,15 @@ class IntentStore:
         self._platform_image = platform_image
         self._ports = ports
         self._url_of = url_of
+        self._turns: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
+
+    def turn(self, product_id: UUID) -> asyncio.Lock:
+        """To be held around a transaction that takes the product's lock.
+
+        Whoever waits for that lock in the registry holds a connection meanwhile: one product's burst
+        would take them all, and everybody else would wait with it.
+        """
+        return self._turns.setdefault(product_id, asyncio.Lock())
 
     async def engine_of_user(self, product_id: UUID, user_id: str) -> Engine | None:
         async with self._database.connection() as connection:
@@ -71,7 +82,7 @@ class IntentStore:
             QuotaExceeded: the product is at its `max_engines`.
             PortExhaustion: no port of the node is free.
         """
-        async with self._database.transaction() as tx:
+        async with self.turn(product_id), self._database.transaction() as tx:
             return await self._provision(tx, product_id, user_id, newborn, actor)
 
     async def ensure(
@@ -85,7 +96,7 @@ class IntentStore:
         Raises:
             PolicyDenied, QuotaExceeded, PortExhaustion: as for `provision`.
         """
-        async with self._database.transaction() as tx:
+        async with nullcontext() if newborn is None else self.turn(product_id), self._database.transaction() as tx:
             while True:
                 engine = await _lock_engine_of_user(tx, product_id, user_id)
                 if engine is not None:

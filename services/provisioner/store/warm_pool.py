@@ -66,7 +66,7 @@ class WarmPoolStore:
             InvalidRequest, PolicyDenied, EngineAlreadyExists, QuotaExceeded.
         """
         values = {"engine_id": member.engine_id, "product_id": product_id, "user_id": user_id, "actor": actor}
-        async with self._database.transaction() as tx:
+        async with self._intents.turn(product_id), self._database.transaction() as tx:
             await self._intents.check_room(tx, product_id, user_id, member.image)
             now = time.monotonic()
             if now > fresh_until:
