@@ -143,6 +143,45 @@ async def test_a_life_in_a_hardened_container(platform: DockerPlatform, connect:
     assert platform.counts() == NOTHING
 
 
+async def test_the_pool_hands_out_no_container_that_is_dead_paused_or_of_an_old_image(
+    platform: DockerPlatform, connect: Connect
+) -> None:
+    image = f"september-test-pool-{uuid4().hex[:12]}:dev"
+    platform.api.tag(IMAGE, image)
+    settings = {"ORCH_WARM_POOL_SIZE": "2", "ORCH_ENGINE_IMAGE": image}
+
+    def ready() -> set[str]:
+        rows = platform.query("SELECT engine_id FROM engines WHERE product_id IS NULL AND status = 'running'")
+        return {str(engine_id) for (engine_id,) in rows}
+
+    async def filled() -> list[str]:
+        await asyncio.to_thread(
+            eventually, lambda: len(ready()) == 2 and not platform.open_operations(), "it is filled"
+        )
+        return sorted(ready())
+
+    try:
+        clients = connect(platform, platform.provisioner(**settings))
+        product = await clients.register()
+        dead, paused = await filled()
+        platform.api.kill(f"engine-{dead}")
+        platform.api.pause(f"engine-{paused}")
+        made = await provision(clients, product, "u1")
+        assert made.engine_id not in (dead, paused)
+        assert await execute(made.url, made.api_key) == 200
+
+        members = await filled()
+        made = await provision(clients, product, "u2")
+        assert made.engine_id in members
+        assert await execute(made.url, made.api_key) == 200
+
+        old = await filled()
+        platform.api.tag(SILENT, image)
+        await asyncio.to_thread(eventually, lambda: not ready() & set(old), "members of the old image are gone")
+    finally:
+        platform.api.remove_image(image, force=True)
+
+
 async def test_ten_engines_for_forty_users_on_a_quota_of_ten(platform: DockerPlatform, connect: Connect) -> None:
     clients = connect(platform, platform.provisioner())
     product = await clients.register(max_engines=10)

@@ -47,6 +47,13 @@ def member_process(platform: Platform, engine_id: str) -> psutil.Process:
     return process
 
 
+def has_ended(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
 async def ensure(clients: Clients, product: Product, user_id: str) -> Any:
     request = pb.EnsureEngineRequest(user_id=user_id, auto_provision=True)
     return (await clients.provisioner.EnsureEngine(request, metadata=product.metadata)).engine
@@ -147,7 +154,7 @@ async def test_a_member_that_has_just_died_or_hangs_is_not_handed_out_but_replac
     process = member_process(platform, member)
     process.send_signal(number)
     if number == signal.SIGKILL:
-        await asyncio.to_thread(eventually, lambda: not process.is_running() or process.status() == "zombie", "dead")
+        await asyncio.to_thread(eventually, lambda: has_ended(process), "it is dead")
     engine = await ensure(clients, product, "ada")
     assert engine.engine_id != member
     assert await takes_its_key(engine)
@@ -185,14 +192,14 @@ async def test_sixty_four_callers_on_a_pool_of_eight_while_members_are_killed(
             if row is not None:
                 process = member_process(platform, str(row[0]))
                 process.kill()
-                eventually(lambda: not process.is_running() or process.status() == "zombie", "it is dead")
+                eventually(lambda: has_ended(process), "it is dead")
                 clock = connection.execute("SELECT clock_timestamp()").fetchone()
                 assert clock is not None
                 killed[str(row[0])] = clock[0]
 
     async def kill_some() -> None:
         while len(killed) < 12 and not done.is_set():
-            with suppress(ValueError):  # It has ended already.
+            with suppress(ValueError, psutil.Error):  # It has ended already.
                 await asyncio.to_thread(kill_one)
 
     places = asyncio.Semaphore(16)
