@@ -197,10 +197,15 @@ async def test_sixty_four_callers_on_a_pool_of_eight_while_members_are_killed(
                 assert clock is not None
                 killed[str(row[0])] = clock[0]
 
-    async def kill_some() -> None:
-        while len(killed) < 12 and not done.is_set():
-            with suppress(ValueError, psutil.Error):  # It has ended already.
-                await asyncio.to_thread(kill_one)
+    sizes: list[int] = []
+
+    async def kill_and_count() -> None:
+        count = "SELECT count(*) FROM engines WHERE product_id IS NULL AND status <> 'destroying'"
+        while not done.is_set():
+            sizes.append((await asyncio.to_thread(platform.query, count))[0][0])
+            if len(killed) < 12:
+                with suppress(ValueError, psutil.Error):  # It has ended already.
+                    await asyncio.to_thread(kill_one)
 
     places = asyncio.Semaphore(16)
 
@@ -208,12 +213,13 @@ async def test_sixty_four_callers_on_a_pool_of_eight_while_members_are_killed(
         async with places:
             return await ensure(replicas[index % 2], product, f"u{index}")
 
-    killer = asyncio.create_task(kill_some())
+    killer = asyncio.create_task(kill_and_count())
     engines = await asyncio.gather(*(call(i) for i in range(64)))
     done.set()
     await killer
 
     assert killed
+    assert max(sizes) == 8
     assert len({engine.engine_id for engine in engines}) == 64
     begun = dict(
         platform.query(

@@ -97,6 +97,18 @@ async def test_a_boot_that_failed_makes_the_pool_pause(pool: Pool) -> None:
     assert await pool.refill(8)
 
 
+async def test_a_member_whose_boot_was_given_up_is_told_of_and_can_be_dropped(pool: Pool) -> None:
+    await pool.refill(1)
+    await pool.query("UPDATE operations SET quarantined_at = clock_timestamp()")
+    (member,) = await pool.store.members()
+    assert member.stuck
+    await pool.store.drop(member)
+    assert await pool.store.members() == []
+    operations = await pool.query("SELECT kind, outcome FROM operations ORDER BY created_at")
+    assert [tuple(row.values()) for row in operations] == [("provision", "cancelled"), ("destroy", None)]
+    assert await pool.refill(1)
+
+
 async def test_a_member_is_given_to_one_of_many_who_claim_and_drop_it(pool: Pool) -> None:
     products = [await pool.product(100) for _ in range(4)]
     for turn in range(10):
