@@ -42,7 +42,8 @@ async def test_a_lost_connection_is_replaced(database_url: str) -> None:
             cursor = await connection.execute("SELECT pg_backend_pid() AS pid")
             before = await cursor.fetchone()
         with psycopg.connect(database_url, autocommit=True) as killer:
-            killer.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'test'")
+            # Returns once they have ended.
+            killer.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'test'")
         async with database.connection() as connection:
             cursor = await connection.execute("SELECT pg_backend_pid() AS pid")
             assert await cursor.fetchone() != before
