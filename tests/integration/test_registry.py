@@ -43,7 +43,9 @@ async def test_a_lost_connection_is_replaced(database_url: str) -> None:
             before = await cursor.fetchone()
         with psycopg.connect(database_url, autocommit=True) as killer:
             # Returns once they have ended.
-            killer.execute("SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'test'")
+            killer.execute(
+                "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE application_name = 'test'"
+            )
         async with database.connection() as connection:
             cursor = await connection.execute("SELECT pg_backend_pid() AS pid")
             assert await cursor.fetchone() != before
