@@ -197,7 +197,7 @@ async def test_every_call_has_a_request_id_of_the_gateways_own(served: Served) -
     assert call.values("x-request-id") != [answer.header("x-request-id")]
 
 
-async def test_the_access_log_has_every_call_without_query_and_keys(served: Served) -> None:
+async def test_the_access_log_has_a_call_without_query_and_keys(served: Served) -> None:
     secrets = {"query": "pk-sept-in-a-query", "key": "pk-sept-in-a-header", "body": "in-a-body"}
     answer = await served.gateway.rest(
         "POST",
@@ -216,6 +216,33 @@ async def test_the_access_log_has_every_call_without_query_and_keys(served: Serv
     assert line["status"] == 400
     assert line["duration_ms"] >= 0
     assert not [secret for secret in secrets.values() if secret in served.gateway.output.read_text()]
+
+
+async def test_the_access_log_has_all_calls_but_admits_that_succeed(served: Served) -> None:
+    limited = served.services.on(failing("RATE_LIMITED", "slow down"))
+    rest = [
+        await served.gateway.rest(method, path)
+        for method, path in (
+            ("POST", "/engines/quiet/admit"),
+            ("POST", f"/engines/{limited}/admit"),
+            ("GET", "/engines/quiet"),
+        )
+    ]
+    async with grpc.aio.insecure_channel(served.gateway.address) as channel:
+        calls = [AdmissionServiceStub(channel).Admit(admission_pb.AdmitRequest(user_id=u)) for u in ("quiet", limited)]
+        outcomes = [await call.code() for call in calls]
+        metadata = [[*await call.initial_metadata(), *await call.trailing_metadata()] for call in calls]
+    assert outcomes == [grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED]
+    ids = [answer.header("x-request-id") for answer in rest]
+    ids += [next(str(value) for name, value in pairs if name == "x-request-id") for pairs in metadata]
+    last = (await served.gateway.rest("GET", "/health")).header("x-request-id")
+    loud = {ids[1], ids[2], ids[4], last}
+
+    async def logged() -> set[str | None] | None:
+        lines = {line["request_id"] for line in served.gateway.calls()}
+        return lines if loud <= lines else None
+
+    assert not (await eventually(logged)) & {ids[0], ids[3]}
 
 
 @pytest.mark.parametrize(
