@@ -12,7 +12,7 @@ from pathlib import Path
 
 REST_LUA = Path(__file__).with_name("rest.lua")
 _FRAME_HEADER_BYTES = 5
-_MARGIN_S = 60.0
+_MARGIN_S = 120.0
 _ONCE_CONCURRENCY = 8
 
 
