@@ -33,6 +33,7 @@ from bench.contenders import (
 )
 from bench.figures import Figure
 from bench.installation import MOST_ACTIVE, installation
+from bench.loads import WrongAnswers
 from bench.peers import jupyterhub
 from bench.plan import FULL, QUICK, Plan
 from services.cli import gateway
@@ -191,7 +192,11 @@ def main() -> None:
         if arguments.peer:
             announce("JupyterHub")
             home = directory / "jupyterhub"
-            details["JupyterHub"] = jupyterhub.measure(new_database(server), home, plan.seconds, plan.spawns)
+            try:
+                details["JupyterHub"] = jupyterhub.measure(new_database(server), home, plan.seconds, plan.spawns)
+            except (RuntimeError, OSError, WrongAnswers) as error:
+                # It is no reason to lose what was measured before.
+                announce(f"JupyterHub is not measured: {error}")
     plan.directory.mkdir(parents=True, exist_ok=True)
     plots.throughput(plan.directory / "throughput.svg", details["throughput by concurrency"])
     plots.latency(plan.directory / "latency.svg", details["latency at half of saturation, ms"])

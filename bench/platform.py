@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from services.cli.health import answering
 from tests.harness import ROOT
 
 _START_S = 30.0
+_STOP_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -69,12 +70,18 @@ def process(
         _await_listener(server, address, log)
         yield psutil.Process(server.pid)
     finally:
-        server.terminate()
-        try:
-            server.wait(10)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        with suppress(psutil.NoSuchProcess):
+            begun = psutil.Process(server.pid).children(recursive=True)
+            server.terminate()
+            try:
+                server.wait(_STOP_S)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+            # One that was killed has not ended what it began.
+            for child in begun:
+                with suppress(psutil.NoSuchProcess):
+                    child.kill()
 
 
 def _await_listener(server: subprocess.Popen[bytes], address: str, log: Path) -> None:

@@ -24,6 +24,7 @@ _HOME = ROOT / "build" / "jupyterhub"
 _PACKAGES = ("jupyterhub", "jupyter_server", "psycopg[binary]")
 _PROXY = "configurable-http-proxy"
 _USERS = 1000
+_BATCH = 100
 _SPAWN_S = 60.0
 _PAUSE_S = 0.01
 
@@ -53,7 +54,7 @@ def measure(database_url: str, directory: Path, duration_s: float, spawns: int) 
         spawns: one after the other, each of another user.
 
     Raises:
-        RuntimeError: it can't be installed, or does not start.
+        RuntimeError, OSError: it can't be installed, does not start, or does not answer.
     """
     _install()
     directory.mkdir()
@@ -68,7 +69,8 @@ def measure(database_url: str, directory: Path, duration_s: float, spawns: int) 
     with process(command, hub, directory / "jupyterhub.log", environment, directory):
         headers = {"Authorization": f"token {token}"}
         names = [f"user-{number:04}" for number in range(_USERS)]
-        _call(hub, "POST", "/users", headers, {"usernames": names})
+        for first in range(0, _USERS, _BATCH):
+            _call(hub, "POST", "/users", headers, {"usernames": names[first : first + _BATCH]})
         paths = [f"/hub/api/users/{name}" for name in names]
         call = Call(hub, paths, headers, None, 1, http1=True)
         looked_up = h2load([call], concurrency=8, duration_s=duration_s)
