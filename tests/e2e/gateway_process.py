@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from services.cli.gateway import GatewaySettings, Lane, command, lane_environment, render
 from tests.harness import ROOT
 
-DEADLINE_S = 15.0
+DEADLINE_S = 30.0
 T = TypeVar("T")
 # All that a REST caller may see of an answer's headers.
 RESPONSE_HEADERS = {"connection", "content-length", "content-type", "date", "retry-after", "x-request-id"}

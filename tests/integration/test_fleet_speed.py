@@ -33,7 +33,7 @@ class Explaining:
         self._connection = connection
         self._plans = plans
 
-    async def execute(self, sql: str, values: dict[str, Any]) -> Any:
+    async def execute(self, sql: str, values: dict[str, Any] | None = None) -> Any:
         explain = f"EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) {sql}".encode()
         row = await (await self._connection.execute(explain, values)).fetchone()
         assert row is not None
