@@ -7,7 +7,7 @@ local REQUEST_HEADERS = {
   ["content-length"] = true, ["content-type"] = true, ["te"] = true, ["x-forwarded-proto"] = true,
   -- The log and the answers that Envoy makes itself need these two.
   ["x-envoy-original-method"] = true, ["x-envoy-original-path"] = true,
-  ["x-admin-key"] = true, ["x-platform-key"] = true, ["x-request-id"] = true,
+  ["idempotency-key"] = true, ["x-admin-key"] = true, ["x-platform-key"] = true, ["x-request-id"] = true,
 }
 local GRPC_REQUEST_HEADERS = {
   ["grpc-accept-encoding"] = true, ["grpc-encoding"] = true, ["grpc-timeout"] = true, ["user-agent"] = true,

@@ -31,6 +31,7 @@ from services.provisioner.loops.warm_pool import WarmPool
 from services.provisioner.products import Products
 from services.provisioner.servicers.authorization import AuthorizationInterceptor
 from services.provisioner.servicers.fleet import FleetServicer
+from services.provisioner.servicers.idempotency import IdempotencyInterceptor
 from services.provisioner.servicers.product import ProductServicer
 from services.provisioner.servicers.provisioner import ProvisionerServicer
 from services.provisioner.settings import BackendKind, ProvisionerSettings, UrlMode
@@ -39,6 +40,7 @@ from services.provisioner.store.audit import AuditStore
 from services.provisioner.store.feed import FeedStore
 from services.provisioner.store.fleet import FleetStore
 from services.provisioner.store.health import HealthStore
+from services.provisioner.store.idempotency import IdempotencyStore
 from services.provisioner.store.installation import installation_id
 from services.provisioner.store.intents import IntentStore
 from services.provisioner.store.loop_leases import LoopLease
@@ -71,7 +73,11 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
             url = await asyncio.to_thread(embedded_postgres.start, settings.var_dir / "postgres")
         database = Database(url, application_name="september-provisioner", max_size=16)
         products = Products(ProductStore(database), settings.admin_key.get_secret_value())
-        server = GrpcServer(settings.provisioner_listen, [AuthorizationInterceptor(products)])
+        keyring = EngineKeyring(settings.master_keys())
+        keys = IdempotencyStore(database, keyring)
+        server = GrpcServer(
+            settings.provisioner_listen, [AuthorizationInterceptor(products), IdempotencyInterceptor(keys)]
+        )
         port = server.bind()
         await migrate(url)
         await database.open()
@@ -86,7 +92,6 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         await engines.open()
         stack.push_async_callback(engines.close)
 
-        keyring = EngineKeyring(settings.master_keys())
         ports = PortAllocator(settings.node, range(settings.port_min, settings.port_max + 1))
         url_of = _network_url if settings.engine_url_mode is UrlMode.NETWORK else _host_url
         owner = uuid4()
@@ -179,6 +184,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
             audit,
             fleet,
             FeedStore(database),
+            keys,
             audit_retention_days=settings.audit_retention_days,
         )
 

@@ -77,7 +77,7 @@ class Lifecycle:
 
         Raises:
             InvalidRequest, PolicyDenied, EngineAlreadyExists, QuotaExceeded, PortExhaustion,
-            BackendError, BootTimeout, Unavailable.
+            BackendError, BootTimeout, Unavailable; EngineNotFound: it was destroyed right afterwards.
         """
         check_user_id(user_id)
         image = image or self._image
@@ -88,8 +88,10 @@ class Lifecycle:
         pending = await self._written(self._intents.provision(product.product_id, user_id, newborn, _actor(product)))
         outcome = await self._ended(pending, self._boot_deadline())
         engine = await self._intents.engine_of_user(product.product_id, user_id)
-        if outcome is not Outcome.SUCCEEDED or engine is None or engine.engine_id != pending.engine_id:
+        if outcome is not Outcome.SUCCEEDED:
             raise Unavailable("user_id: the engine was destroyed while it booted")
+        if engine is None or engine.engine_id != pending.engine_id:
+            raise EngineNotFound
         return engine
 
     async def ensure(

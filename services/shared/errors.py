@@ -75,6 +75,10 @@ class ProductSlugExists(ServiceError):
     code = "PRODUCT_SLUG_EXISTS"
 
 
+class IdempotencyConflict(ServiceError):
+    code = "IDEMPOTENCY_CONFLICT"
+
+
 class RateLimited(ServiceError):
     code = "RATE_LIMITED"
 

@@ -48,6 +48,8 @@ class UnreadableKey(Exception):
 class EngineKeyring:
     """Encrypts engine keys, each bound to its engine: a token moved to another row is refused.
 
+    Answers that are kept for their idempotency keys are encrypted, and bound to those, in the same way.
+
     Args:
         master_keys: Fernet keys; the first encrypts, all decrypt.
     """

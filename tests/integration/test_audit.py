@@ -8,14 +8,17 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
+from cryptography.fernet import Fernet
 
 from services.provisioner.loops.housekeeping import Housekeeping
 from services.provisioner.store.audit import AuditStore
 from services.provisioner.store.feed import FeedStore
 from services.provisioner.store.fleet import FleetStore
+from services.provisioner.store.idempotency import IdempotencyStore
 from services.provisioner.store.loop_leases import LoopLease
 from services.provisioner.store.migrations import migrate
 from services.shared.errors import Unavailable
+from services.shared.keys import EngineKeyring
 from services.shared.postgres import Database
 from tests.harness import Platform, eventually
 
@@ -71,6 +74,7 @@ def housekeeping(database: Database, owner: UUID | None = None, *, days: int = 4
         AuditStore(database),
         FleetStore(database),
         FeedStore(database),
+        IdempotencyStore(database, EngineKeyring([Fernet.generate_key().decode()])),
         audit_retention_days=days,
     )
 

@@ -1,4 +1,4 @@
-"""Keeps the registry's own house: the audit log's months, its denials, old operations, counts, the feed.
+"""Keeps the registry's own house: the audit log's months, its denials, old operations, counts, the feed, old keys.
 
 Invariant: everything here may be done twice, or by two at once, and may be left for later: what
 is behind only takes more room or more time to read. So one process does it, and needs no term.
@@ -39,20 +39,35 @@ class Feed(Protocol):
     async def drop_read_changes(self) -> None: ...
 
 
+class IdempotencyKeys(Protocol):
+    async def drop_expired(self) -> None: ...
+
+
 class Housekeeping:
     """Args:
     lease: lets one process at a time do it.
     audit: the audit log.
     counts: the fleet's counts.
     feed: the change feed.
+    keys: idempotency keys.
     audit_retention_days: how long audit events, and operations that have ended, are kept.
     """
 
-    def __init__(self, lease: Lease, audit: Audit, counts: Counts, feed: Feed, *, audit_retention_days: int) -> None:
+    def __init__(
+        self,
+        lease: Lease,
+        audit: Audit,
+        counts: Counts,
+        feed: Feed,
+        keys: IdempotencyKeys,
+        *,
+        audit_retention_days: int,
+    ) -> None:
         self._lease = lease
         self._audit = audit
         self._counts = counts
         self._feed = feed
+        self._keys = keys
         self._audit_retention_days = audit_retention_days
 
     async def run(self) -> None:
@@ -78,6 +93,7 @@ class Housekeeping:
             self._audit.record_denials,
             self._counts.fold_counts,
             self._feed.drop_read_changes,
+            self._keys.drop_expired,
         )
         for chore in chores:
             try:

@@ -60,7 +60,7 @@ def calling_product() -> Product:
 
 
 def calling_scope() -> UUID | None:
-    """The product to whose engines and events the call under way is confined; None for operators."""
+    """The product that is calling, and to whose engines and events the call is confined; None for operators."""
     product = _caller.get()
     return None if product is None else product.product_id
 
@@ -87,6 +87,7 @@ class AuthorizationInterceptor(grpc.aio.ServerInterceptor):
             platform_keys, admin_keys = (metadata_values(context, name) for name in ("x-platform-key", "x-admin-key"))
             if role is Role.ADMIN:
                 self._products.authenticate_admin(admin_keys)
+                _caller.set(None)
             elif role is Role.PRODUCT_OR_ADMIN:
                 _caller.set(await self._products.authenticate_either(platform_keys, admin_keys))
             else:

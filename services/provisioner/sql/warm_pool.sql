@@ -29,12 +29,19 @@ WITH claimed AS (
     INSERT INTO audit_events (action, actor, outcome, product_id, engine_id, user_id, duration_ms, detail)
     SELECT 'provision', %(actor)s, 'succeeded', product_id, engine_id, user_id, %(duration_ms)s, 'from the warm pool'
     FROM claimed
+), ended AS (
+    INSERT INTO operations (operation_id, engine_id, product_id, user_id, node, kind, actor, outcome, finished_at)
+    SELECT gen_random_uuid(), engine_id, product_id, user_id, node, 'provision', %(actor)s, 'succeeded',
+        clock_timestamp()
+    FROM claimed
+    RETURNING operation_id
 ), counted AS (
     INSERT INTO counts SELECT product_id, 'claim', 1 FROM claimed
 ), admitted AS (
     INSERT INTO engine_activity (engine_id, last_admit_at) SELECT engine_id, clock_timestamp() FROM claimed
 )
-SELECT claimed.*, port FROM claimed LEFT JOIN port_leases USING (engine_id, node)
+SELECT claimed.*, port, operation_id
+FROM claimed CROSS JOIN ended LEFT JOIN port_leases USING (engine_id, node)
 
 -- name: lock_member
 -- No row if it has an owner by now, or is gone, or going.

@@ -1,6 +1,6 @@
 """Intents: what is to be done to an engine, decided and written down in one transaction.
 
-Locks are taken in the order product, engine, operation.
+Locks are taken in the order idempotency key, product, engine, operation.
 """
 
 import asyncio
@@ -15,6 +15,7 @@ from services.provisioner.domain.intent import Newborn, Pending
 from services.provisioner.domain.operation import SYSTEM, OpenOperation, OperationKind, Outcome
 from services.provisioner.domain.policy import check_image
 from services.provisioner.domain.transitions import BOOTS, TRANSITIONS, YIELDS, check_begin
+from services.provisioner.store.idempotency import once
 from services.provisioner.store.ports import PortAllocator
 from services.provisioner.store.rows import load_sql, to_engine, to_open_operation, to_product
 from services.shared.errors import EngineAlreadyExists, EngineNotFound, PortExhaustion, ProductNotFound, QuotaExceeded
@@ -83,7 +84,7 @@ class IntentStore:
             PortExhaustion: no port of the node is free.
         """
         async with self.turn(product_id), self._database.transaction() as tx:
-            return await self._provision(tx, product_id, user_id, newborn, actor)
+            return await once(tx, lambda: self._provision(tx, product_id, user_id, newborn, actor))
 
     async def ensure(
         self, product_id: UUID, user_id: str, newborn: Newborn | None, actor: str, *, auto_wake: bool
@@ -144,17 +145,20 @@ class IntentStore:
             EngineNotFound, EngineAlreadyRunning, EngineNotRunning: not from the engine's status.
         """
         async with self._database.transaction() as tx:
-            engine = await _lock_engine_of_user(tx, product_id, user_id)
-            if engine is None or engine.status is EngineStatus.DESTROYING:
-                raise EngineNotFound
-            operation = await _open_operation(tx, engine.engine_id, lock=True)
-            if operation is not None:
-                if operation.kind is kind or (operation.kind in BOOTS and kind in BOOTS):
-                    return Pending(operation.operation_id, engine.engine_id)
-                await self._ask_to_yield(tx, operation, actor)
-                return Pending(operation.operation_id, engine.engine_id, joined=False)
-            check_begin(kind, engine.status)
-            return await self._begin(tx, engine, kind, actor)
+            return await once(tx, lambda: self._change(tx, product_id, user_id, kind, actor))
+
+    async def _change(self, tx: Connection, product_id: UUID, user_id: str, kind: OperationKind, actor: str) -> Pending:
+        engine = await _lock_engine_of_user(tx, product_id, user_id)
+        if engine is None or engine.status is EngineStatus.DESTROYING:
+            raise EngineNotFound
+        operation = await _open_operation(tx, engine.engine_id, lock=True)
+        if operation is not None:
+            if operation.kind is kind or (operation.kind in BOOTS and kind in BOOTS):
+                return Pending(operation.operation_id, engine.engine_id)
+            await self._ask_to_yield(tx, operation, actor)
+            return Pending(operation.operation_id, engine.engine_id, joined=False)
+        check_begin(kind, engine.status)
+        return await self._begin(tx, engine, kind, actor)
 
     async def begin(
         self, engine_id: UUID, kind: OperationKind, expected: EngineStatus, *, reason: str | None = None
@@ -187,10 +191,18 @@ class IntentStore:
             EngineNotFound: the user has no engine, or another than the one meant.
         """
         async with self._database.transaction() as tx:
-            engine = await _lock_engine_of_user(tx, product_id, user_id)
-            if engine is None or only not in (None, engine.engine_id):
-                raise EngineNotFound
-            return await self.begin_destroy(tx, engine, actor)
+            if only is not None:
+                return await self._destroy(tx, product_id, user_id, actor, only)
+            # What gave way to the destroy ends cancelled, and the destroy goes on.
+            return await once(tx, lambda: self._destroy(tx, product_id, user_id, actor), again=False)
+
+    async def _destroy(
+        self, tx: Connection, product_id: UUID, user_id: str, actor: str, only: UUID | None = None
+    ) -> Pending:
+        engine = await _lock_engine_of_user(tx, product_id, user_id)
+        if engine is None or only not in (None, engine.engine_id):
+            raise EngineNotFound
+        return await self.begin_destroy(tx, engine, actor)
 
     async def begin_destroy(self, tx: Connection, engine: Engine, actor: str) -> Pending:
         """As `destroy`, of an engine whose row the transaction has locked."""

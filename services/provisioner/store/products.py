@@ -6,6 +6,7 @@ from uuid import UUID
 from services.provisioner.domain.audit import AuditAction
 from services.provisioner.domain.policy import Policy
 from services.provisioner.domain.product import Product, Registration
+from services.provisioner.store.idempotency import transaction
 from services.provisioner.store.rows import load_sql, to_product, to_registration
 from services.shared.postgres import Connection, Database
 
@@ -18,7 +19,7 @@ class ProductStore:
 
     async def insert(self, product: Product, key_hash: bytes, actor: str) -> bool:
         """Writes a product with its key, limiter and audit event; False if the slug is taken."""
-        async with self._database.transaction() as tx:
+        async with transaction(self._database) as tx:
             values = {"product_id": product.product_id, "slug": product.slug, **_policy_values(product.policy)}
             cursor = await tx.execute(_SQL["insert_product"], values)
             if cursor.rowcount == 0:
@@ -30,7 +31,7 @@ class ProductStore:
 
     async def update_policy(self, product_id: UUID, policy: Policy, actor: str) -> bool:
         """Replaces a product's policy, with an audit event; False if there is no such product."""
-        async with self._database.transaction() as tx:
+        async with transaction(self._database) as tx:
             values = {"product_id": product_id, **_policy_values(policy)}
             cursor = await tx.execute(_SQL["update_policy"], values)
             if cursor.rowcount == 0:
@@ -44,7 +45,7 @@ class ProductStore:
         Under the product's lock: of two new keys at once, the second ends the first.
         False if there is no such product.
         """
-        async with self._database.transaction() as tx:
+        async with transaction(self._database) as tx:
             values = {"product_id": product_id, "key_hash": key_hash, "grace_s": grace_s}
             cursor = await tx.execute(_SQL["lock_product"], values)
             if await cursor.fetchone() is None:
@@ -62,7 +63,7 @@ class ProductStore:
         """
         statement = "disable_product" if disabled else "enable_product"
         action = AuditAction.PRODUCT_DISABLE if disabled else AuditAction.PRODUCT_ENABLE
-        async with self._database.transaction() as tx:
+        async with transaction(self._database) as tx:
             cursor = await tx.execute(_SQL[statement], {"product_id": product_id})
             if cursor.rowcount:
                 await _audit(tx, product_id, action, actor)

@@ -1,7 +1,7 @@
 """The warm pool in the registry: rows of engines without an owner.
 
 A member's row, key, volume and port are those that its user will have. Locks are taken in the order
-pool, product, engine, operation.
+pool, idempotency key, product, engine, operation.
 """
 
 import time
@@ -12,6 +12,7 @@ from services.provisioner.domain.engine import Engine
 from services.provisioner.domain.intent import Newborn
 from services.provisioner.domain.operation import SYSTEM
 from services.provisioner.domain.warm_pool import Member
+from services.provisioner.store.idempotency import begun_before, note
 from services.provisioner.store.intents import IntentStore
 from services.provisioner.store.rows import load_sql, to_engine
 from services.shared.postgres import Database
@@ -52,7 +53,8 @@ class WarmPoolStore:
     async def claim(
         self, member: Member, product_id: UUID, user_id: str, actor: str, *, begun: float, fresh_until: float
     ) -> Engine | None:
-        """Makes the member the user's engine; None if it is somebody else's by now, or is being destroyed.
+        """Makes the member the user's engine; None if it is somebody else's by now, or is being destroyed,
+        or if the call is one that has begun to give the user an engine before.
 
         The quota is checked in the same transaction, under the product's lock, as for an engine that
         is yet to be made.
@@ -67,13 +69,18 @@ class WarmPoolStore:
         """
         values = {"engine_id": member.engine_id, "product_id": product_id, "user_id": user_id, "actor": actor}
         async with self._intents.turn(product_id), self._database.transaction() as tx:
+            if await begun_before(tx) is not None:
+                return None
             await self._intents.check_room(tx, product_id, user_id, member.image)
             now = time.monotonic()
             if now > fresh_until:
                 return None
             cursor = await tx.execute(_SQL["claim"], {**values, "duration_ms": round((now - begun) * 1000)})
             row = await cursor.fetchone()
-            return None if row is None else to_engine(row)
+            if row is None:
+                return None
+            await note(tx, row["operation_id"])
+            return to_engine(row)
 
     async def refill(self, make: Callable[[], Newborn], *, size: int, most_booting: int) -> bool:
         """Writes one more member to be booted; False if there are enough, or none is to be booted now.

@@ -68,6 +68,8 @@ class _ErrorCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorCode.V
     """
     ERROR_CODE_BOOT_TIMEOUT: _ErrorCode.ValueType  # 18
     """The engine was not healthy in time."""
+    ERROR_CODE_IDEMPOTENCY_CONFLICT: _ErrorCode.ValueType  # 19
+    """The idempotency key was shown with another request before."""
 
 class ErrorCode(_ErrorCode, metaclass=_ErrorCodeEnumTypeWrapper):
     """Every error that the platform answers with. On the wire the code is the name
@@ -115,6 +117,8 @@ ERROR_CODE_UNAVAILABLE: ErrorCode.ValueType  # 17
 """
 ERROR_CODE_BOOT_TIMEOUT: ErrorCode.ValueType  # 18
 """The engine was not healthy in time."""
+ERROR_CODE_IDEMPOTENCY_CONFLICT: ErrorCode.ValueType  # 19
+"""The idempotency key was shown with another request before."""
 Global___ErrorCode: _TypeAlias = ErrorCode  # noqa: Y015
 
 @_typing.final
