@@ -27,7 +27,9 @@ if _version_not_supported:
 
 class ProductServiceStub:
     """Products and their policies, for operators. Every call needs the metadata
-    `x-admin-key` (REST: header `X-Admin-Key`).
+    `x-admin-key` (REST: header `X-Admin-Key`). Those that change something may have
+    the metadata `idempotency-key` (REST: header `Idempotency-Key`), as calls of
+    ProvisionerService do.
     """
 
     def __init__(self, channel):
@@ -75,7 +77,9 @@ class ProductServiceStub:
 
 class ProductServiceServicer:
     """Products and their policies, for operators. Every call needs the metadata
-    `x-admin-key` (REST: header `X-Admin-Key`).
+    `x-admin-key` (REST: header `X-Admin-Key`). Those that change something may have
+    the metadata `idempotency-key` (REST: header `Idempotency-Key`), as calls of
+    ProvisionerService do.
     """
 
     def RegisterProduct(self, request, context):
@@ -182,7 +186,9 @@ def add_ProductServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class ProductService:
     """Products and their policies, for operators. Every call needs the metadata
-    `x-admin-key` (REST: header `X-Admin-Key`).
+    `x-admin-key` (REST: header `X-Admin-Key`). Those that change something may have
+    the metadata `idempotency-key` (REST: header `Idempotency-Key`), as calls of
+    ProvisionerService do.
     """
 
     @staticmethod

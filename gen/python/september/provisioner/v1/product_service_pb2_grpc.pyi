@@ -14,7 +14,9 @@ GRPC_VERSION: str
 
 class ProductServiceStub:
     """Products and their policies, for operators. Every call needs the metadata
-    `x-admin-key` (REST: header `X-Admin-Key`).
+    `x-admin-key` (REST: header `X-Admin-Key`). Those that change something may have
+    the metadata `idempotency-key` (REST: header `Idempotency-Key`), as calls of
+    ProvisionerService do.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -47,7 +49,9 @@ class ProductServiceStub:
 
 class ProductServiceServicer(metaclass=_abc_1.ABCMeta):
     """Products and their policies, for operators. Every call needs the metadata
-    `x-admin-key` (REST: header `X-Admin-Key`).
+    `x-admin-key` (REST: header `X-Admin-Key`). Those that change something may have
+    the metadata `idempotency-key` (REST: header `Idempotency-Key`), as calls of
+    ProvisionerService do.
     """
 
     @_abc_1.abstractmethod

@@ -27,7 +27,11 @@ if _version_not_supported:
 
 class ProvisionerServiceStub:
     """Changes engines. Every call needs the metadata `x-platform-key` (REST: header
-    `X-Platform-Key`); the product is known by its key alone.
+    `X-Platform-Key`); the product is known by its key alone. Calls that change
+    something, but for EnsureEngine, may have the metadata `idempotency-key` (REST:
+    header `Idempotency-Key`, 1 to 255 printable ASCII characters): made again
+    within 24 hours they have no second effect and the same answer. With it there
+    is one error more, IDEMPOTENCY_CONFLICT.
     """
 
     def __init__(self, channel):
@@ -85,14 +89,18 @@ class ProvisionerServiceStub:
 
 class ProvisionerServiceServicer:
     """Changes engines. Every call needs the metadata `x-platform-key` (REST: header
-    `X-Platform-Key`); the product is known by its key alone.
+    `X-Platform-Key`); the product is known by its key alone. Calls that change
+    something, but for EnsureEngine, may have the metadata `idempotency-key` (REST:
+    header `Idempotency-Key`, 1 to 255 printable ASCII characters): made again
+    within 24 hours they have no second effect and the same answer. With it there
+    is one error more, IDEMPOTENCY_CONFLICT.
     """
 
     def ProvisionEngine(self, request, context):
         """Creates the engine of a user who has none and waits until it is healthy.
         Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, POLICY_DENIED,
         ENGINE_ALREADY_EXISTS, QUOTA_EXCEEDED, BACKEND_ERROR, PORT_EXHAUSTION,
-        UNAVAILABLE, BOOT_TIMEOUT.
+        UNAVAILABLE, BOOT_TIMEOUT, ENGINE_NOT_FOUND (it was destroyed before the answer).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -227,7 +235,11 @@ def add_ProvisionerServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class ProvisionerService:
     """Changes engines. Every call needs the metadata `x-platform-key` (REST: header
-    `X-Platform-Key`); the product is known by its key alone.
+    `X-Platform-Key`); the product is known by its key alone. Calls that change
+    something, but for EnsureEngine, may have the metadata `idempotency-key` (REST:
+    header `Idempotency-Key`, 1 to 255 printable ASCII characters): made again
+    within 24 hours they have no second effect and the same answer. With it there
+    is one error more, IDEMPOTENCY_CONFLICT.
     """
 
     @staticmethod

@@ -14,7 +14,11 @@ GRPC_VERSION: str
 
 class ProvisionerServiceStub:
     """Changes engines. Every call needs the metadata `x-platform-key` (REST: header
-    `X-Platform-Key`); the product is known by its key alone.
+    `X-Platform-Key`); the product is known by its key alone. Calls that change
+    something, but for EnsureEngine, may have the metadata `idempotency-key` (REST:
+    header `Idempotency-Key`, 1 to 255 printable ASCII characters): made again
+    within 24 hours they have no second effect and the same answer. With it there
+    is one error more, IDEMPOTENCY_CONFLICT.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -22,7 +26,7 @@ class ProvisionerServiceStub:
     """Creates the engine of a user who has none and waits until it is healthy.
     Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, POLICY_DENIED,
     ENGINE_ALREADY_EXISTS, QUOTA_EXCEEDED, BACKEND_ERROR, PORT_EXHAUSTION,
-    UNAVAILABLE, BOOT_TIMEOUT.
+    UNAVAILABLE, BOOT_TIMEOUT, ENGINE_NOT_FOUND (it was destroyed before the answer).
     """
     DestroyEngine: _aio.UnaryUnaryMultiCallable[_provisioner_service_pb2.DestroyEngineRequest, _provisioner_service_pb2.DestroyEngineResponse]
     """Removes a user's engine with its data, from whatever state it is in. Errors:
@@ -66,7 +70,11 @@ class ProvisionerServiceStub:
 
 class ProvisionerServiceServicer(metaclass=_abc_1.ABCMeta):
     """Changes engines. Every call needs the metadata `x-platform-key` (REST: header
-    `X-Platform-Key`); the product is known by its key alone.
+    `X-Platform-Key`); the product is known by its key alone. Calls that change
+    something, but for EnsureEngine, may have the metadata `idempotency-key` (REST:
+    header `Idempotency-Key`, 1 to 255 printable ASCII characters): made again
+    within 24 hours they have no second effect and the same answer. With it there
+    is one error more, IDEMPOTENCY_CONFLICT.
     """
 
     @_abc_1.abstractmethod
@@ -78,7 +86,7 @@ class ProvisionerServiceServicer(metaclass=_abc_1.ABCMeta):
         """Creates the engine of a user who has none and waits until it is healthy.
         Errors: INVALID_REQUEST, INVALID_PLATFORM_KEY, POLICY_DENIED,
         ENGINE_ALREADY_EXISTS, QUOTA_EXCEEDED, BACKEND_ERROR, PORT_EXHAUSTION,
-        UNAVAILABLE, BOOT_TIMEOUT.
+        UNAVAILABLE, BOOT_TIMEOUT, ENGINE_NOT_FOUND (it was destroyed before the answer).
         """
 
     @_abc_1.abstractmethod
