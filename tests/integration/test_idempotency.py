@@ -3,7 +3,7 @@
 import asyncio
 import random
 from base64 import urlsafe_b64decode
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
@@ -17,9 +17,11 @@ from google.protobuf.struct_pb2 import Struct
 from september.provisioner.v1 import fleet_service_pb2 as fleet_pb
 from september.provisioner.v1 import product_service_pb2 as product_pb
 from september.provisioner.v1 import provisioner_service_pb2 as pb
+from services.provisioner.domain.idempotency import KeyedCall
 from services.provisioner.servicers.authorization import ROLES
 from services.provisioner.servicers.idempotency import IN_TRANSACTION, THROUGH_OPERATION
-from services.provisioner.store.idempotency import IdempotencyStore
+from services.provisioner.store.idempotency import IdempotencyStore, begun_before
+from services.shared.errors import EngineNotFound
 from services.shared.keys import EngineKeyring
 from services.shared.postgres import Database
 from tests.harness import Clients, Platform, Product, Service, eventually, reason
@@ -316,19 +318,48 @@ async def test_kept_answers_can_not_be_read_or_moved(shared: Shared, clients: Cl
     assert reason(error.value) == "INTERNAL"
 
 
-async def test_housekeeping_deletes_what_is_over_and_no_more(shared: Shared) -> None:
+@pytest.fixture
+async def database(shared: Shared) -> AsyncIterator[Database]:
+    database = Database(shared[0].database_url, application_name="test")
+    await database.open()
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+def store(database: Database) -> IdempotencyStore:
+    return IdempotencyStore(database, EngineKeyring([Fernet.generate_key().decode()]))
+
+
+@pytest.mark.parametrize("gone", [False, True], ids=["answered", "gone"])
+async def test_of_two_at_once_the_second_has_the_answer_of_the_first(
+    database: Database, store: IdempotencyStore, gone: bool
+) -> None:
+    call = KeyedCall.of(None, [new_key()], "method", b"")
+
+    async def first() -> bytes:
+        async with database.transaction() as tx:
+            assert await begun_before(tx) is None
+        return b"first"
+
+    async def second() -> bytes:
+        # What the first has answered, this one was just about to see; by now it may be gone.
+        assert await store.through_operation(call, first) == b"first"
+        if gone:
+            raise EngineNotFound
+        return b"second"
+
+    assert await store.through_operation(call, second) == b"first"
+
+
+async def test_housekeeping_deletes_what_is_over_and_no_more(shared: Shared, store: IdempotencyStore) -> None:
     platform, _ = shared
     platform.query(
         "INSERT INTO idempotency_keys (key_id, request_hash, begun_at)"
         " SELECT gen_random_uuid(), decode(repeat('00', 32), 'hex'), clock_timestamp() - make_interval(hours => hours)"
         " FROM unnest(ARRAY[23, 24]) AS hours, generate_series(1, 2500)"
     )
-    database = Database(platform.database_url, application_name="test")
-    await database.open()
-    try:
-        await IdempotencyStore(database, EngineKeyring([Fernet.generate_key().decode()])).drop_expired()
-    finally:
-        await database.close()
+    await store.drop_expired()
     left = "SELECT count(*) FILTER (WHERE begun_at < clock_timestamp() - interval '{} hours') FROM idempotency_keys"
     assert platform.query(left.format(24)) == [(0,)]
     assert platform.query(left.format(22))[0][0] == 2500
