@@ -10,7 +10,7 @@ from pydantic_core import PydanticUndefined
 
 from services.admission.settings import AdmissionSettings
 from services.provisioner.settings import ProvisionerSettings
-from services.shared.settings import PREFIX, CommonSettings
+from services.shared.settings import CommonSettings, file_variables, variable
 from tools.state_diagram import svg
 
 Field = descriptor_pb2.FieldDescriptorProto
@@ -111,7 +111,8 @@ def _enums(
 def _configuration() -> str:
     lines = [
         _NOTE + "# Configuration",
-        "Environment variables, read once at the start. A wrong value is refused by the variable's name.",
+        "Environment variables, read once at the start. A wrong value is refused by the variable's name. A secret may",
+        "stand in a file that its second variable names (a newline at its end is left out), but not in both.",
     ]
     common = set(CommonSettings.model_fields)
     for title, settings, names in (
@@ -122,7 +123,8 @@ def _configuration() -> str:
         lines += ["", f"## {title}", "", "| variable | default | |", "|---|---|---|"]
         for name, field in settings.model_fields.items():
             if name in names:
-                lines.append(f"| `{PREFIX}{name.upper()}` | {_default(field.default)} | {field.description} |")
+                variables = ", ".join(f"`{v}`" for v in (variable(name), file_variables(settings).get(name)) if v)
+                lines.append(f"| {variables} | {_default(field.default)} | {field.description} |")
     return "\n".join([*lines, ""])
 
 

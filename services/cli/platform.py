@@ -21,7 +21,7 @@ from services.cli.settings import UpSettings
 from services.cli.var_directory import VarDirectory
 from services.provisioner.settings import BackendKind
 from services.shared import embedded_postgres
-from services.shared.settings import PREFIX
+from services.shared.settings import PREFIX, file_variables, variable
 
 _START_S = 60.0
 # How long a part may take to end. The Provisioner first ends its engines.
@@ -60,7 +60,8 @@ class Platform:
             url = self.settings.database_url or await self._start_postgres()
             await database.bring_up_to_date(url)
 
-        environment = {**os.environ, "ORCH_DATABASE_URL": url}
+        # Given, all read it where it stands.
+        environment = {**os.environ} if self.settings.database_url else {**os.environ, "ORCH_DATABASE_URL": url}
         provisioner_address = self.settings.provisioner_addr
         gateway_address = reachable(self.settings.gateway_listen)
         provisioner = await self._run("provisioner", _module("services.provisioner"), environment, _PROVISIONER_GRACE_S)
@@ -113,7 +114,8 @@ class Platform:
 
     async def _run_gateway(self, admission_address: str, environment: Mapping[str, str]) -> Part:
         """Runs Envoy, which gets to know no more secrets than what runs inside of it needs."""
-        needed = {f"{PREFIX}{field.upper()}" for field in AdmissionSettings.model_fields if self.lane is Lane.FAST}
+        inside = {*map(variable, AdmissionSettings.model_fields), *file_variables(AdmissionSettings).values()}
+        needed = inside if self.lane is Lane.FAST else set()
         known = {name: value for name, value in environment.items() if not name.startswith(PREFIX) or name in needed}
         if self.lane is Lane.FAST:
             known |= gateway.lane_environment() or {}

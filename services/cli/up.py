@@ -20,7 +20,7 @@ from services.cli.progress import StartProgress
 from services.cli.settings import UpSettings
 from services.cli.var_directory import VarDirectory
 from services.provisioner.settings import BackendKind
-from services.shared.settings import StorageSettings, load
+from services.shared.settings import StorageSettings, file_variables, load, variable
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -72,12 +72,13 @@ def possible(lane: Lane | None, console: Console) -> Lane:
 def _prepare_environment(var: VarDirectory, backend: BackendKind | None, lane: Lane) -> UpSettings:
     """Completes this process's environment, from which the services read their settings."""
     generated = {
-        "ORCH_MASTER_KEY": ("master_key", lambda: Fernet.generate_key().decode()),
-        "ORCH_ADMIN_KEY": ("admin_key", lambda: secrets.token_urlsafe(32)),
+        "master_key": lambda: Fernet.generate_key().decode(),
+        "admin_key": lambda: secrets.token_urlsafe(32),
     }
-    for variable, (name, make) in generated.items():
-        if variable not in os.environ:
-            os.environ[variable] = var.secret(name, make)
+    for field, make in generated.items():
+        file_variable = file_variables(UpSettings)[field]
+        if not {variable(field), file_variable} & os.environ.keys():
+            os.environ[file_variable] = str(var.secret_file(field, make))
     if backend is not None:
         os.environ["ORCH_ENGINE_BACKEND"] = backend
     os.environ.setdefault("ORCH_ENGINE_BACKEND", BackendKind.PROCESS)

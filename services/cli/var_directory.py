@@ -48,12 +48,16 @@ class VarDirectory:
             file.flush()
             yield
 
-    def secret(self, name: str, make: Callable[[], str]) -> str:
-        """The secret of that name; the first time, what `make` returns."""
+    def secret_file(self, name: str, make: Callable[[], str]) -> Path:
+        """The file of the secret of that name; the first time, of what `make` returns."""
         path = self._private("secrets") / name
         if not path.exists():
             _write(path, make() + "\n")
-        return path.read_text().strip()
+        return path
+
+    def secret(self, name: str, make: Callable[[], str]) -> str:
+        """The secret in that file."""
+        return self.secret_file(name, make).read_text().strip()
 
     def forget(self, name: str) -> None:
         """Drops a secret that has become worthless."""

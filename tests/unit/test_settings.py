@@ -1,10 +1,12 @@
 """Settings: wrong values are refused at the start, by the variable's name and without the value."""
 
+from pathlib import Path
+
 import pytest
 
 from services.admission.settings import AdmissionSettings
 from services.provisioner.settings import BackendKind, ProvisionerSettings
-from services.shared.settings import load
+from services.shared.settings import StorageSettings, file_variables, load
 
 GOOD = {"ORCH_MASTER_KEY": "A" * 43 + "=", "ORCH_ADMIN_KEY": "a" * 16}
 
@@ -56,6 +58,54 @@ def test_admission_does_without_the_admin_key(monkeypatch: pytest.MonkeyPatch) -
     assert load(AdmissionSettings).master_keys() == [GOOD["ORCH_MASTER_KEY"]]
 
 
+def test_every_secret_may_be_in_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    url = "postgresql://september:pass@host/registry"
+    for name, value in (*GOOD.items(), ("ORCH_DATABASE_URL", url)):
+        monkeypatch.delenv(name, raising=False)
+        (tmp_path / name).write_text(f"{value}\n")
+        monkeypatch.setenv(f"{name}_FILE", str(tmp_path / name))
+    settings = load(ProvisionerSettings)
+    assert settings.master_keys() == [GOOD["ORCH_MASTER_KEY"]]
+    assert settings.admin_key.get_secret_value() == GOOD["ORCH_ADMIN_KEY"]
+    assert settings.database_url == url
+    assert {f"{name}_FILE" for name in (*GOOD, "ORCH_DATABASE_URL")} == {*file_variables(ProvisionerSettings).values()}
+
+
+@pytest.mark.parametrize("name", [*GOOD, "ORCH_DATABASE_URL"])
+@pytest.mark.parametrize("content", [None, b"", b"\n", b"secret", b"\xff\xfe", "directory"])
+def test_a_wrong_file_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, content: bytes | str | None
+) -> None:
+    path = tmp_path / "secret"
+    if content == "directory":
+        path.mkdir()
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(f"{name}_FILE", str(path))
+    with pytest.raises(SystemExit) as refused:
+        load(ProvisionerSettings)
+    (line,) = str(refused.value.code).splitlines()
+    assert line.startswith(f"{name}_FILE: ")
+    assert "secret" not in line
+
+
+@pytest.mark.parametrize("name", GOOD)
+def test_a_secret_and_its_file_at_once_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text(GOOD[name])
+    monkeypatch.setenv(f"{name}_FILE", str(tmp_path / "file"))
+    with pytest.raises(SystemExit) as refused:
+        load(ProvisionerSettings)
+    assert str(refused.value.code) == f"{name}_FILE: {name} is set, too"
+
+
+def test_a_secret_in_place_of_its_files_name_is_not_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORCH_DATABASE_URL_FILE", "postgresql://september:pass@host/registry")
+    with pytest.raises(SystemExit) as refused:
+        load(StorageSettings)
+    assert "pass" not in str(refused.value.code)
+
+
 def test_names_that_operators_know_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORCH_ENGINE_BACKEND", "subprocess")
     monkeypatch.setenv("ORCH_ENGINE_ENV_PASSTHROUGH", "A, B,,")
@@ -65,6 +115,7 @@ def test_names_that_operators_know_are_taken(monkeypatch: pytest.MonkeyPatch) ->
     assert settings.image == "services.engine"
 
 
-def test_no_secret_is_shown() -> None:
+def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORCH_DATABASE_URL", "postgresql://september:pass@host/registry")
     shown = repr(load(ProvisionerSettings))
-    assert not any(value in shown for value in GOOD.values())
+    assert not any(value in shown for value in (*GOOD.values(), ":pass@"))
