@@ -1,9 +1,11 @@
-"""Logs as JSON lines on standard error."""
+"""Logs as JSON lines on standard error, without secrets."""
 
 import logging
 import sys
 
 import structlog
+
+from services.shared.redaction import redact_event, write_last_words
 
 
 def configure(service: str, level: str) -> None:
@@ -23,13 +25,14 @@ def configure(service: str, level: str) -> None:
         named,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    written: list[structlog.typing.Processor] = [
+        redact_event,
+        structlog.processors.JSONRenderer(ensure_ascii=False),
     ]
     structlog.configure(
-        processors=[
-            *shared,
-            structlog.processors.format_exc_info,
-            structlog.processors.JSONRenderer(ensure_ascii=False),
-        ],
+        processors=[*shared, *written],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level]),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
@@ -37,8 +40,9 @@ def configure(service: str, level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
-            processor=structlog.processors.JSONRenderer(ensure_ascii=False), foreign_pre_chain=shared
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *written], foreign_pre_chain=shared
         )
     )
     logging.basicConfig(level=level, handlers=[handler], force=True)
     logging.getLogger("asyncio").setLevel(logging.WARNING)
+    sys.excepthook = write_last_words
