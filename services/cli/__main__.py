@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from services.cli import admit, audit, db, engine, fleet, product, up
+from services.cli import admit, audit, db, engine, fleet, keys, product, up
 from services.cli.command import EXIT_CODES
 from services.cli.failure import Failure
 from services.shared import log
@@ -26,6 +26,7 @@ app = typer.Typer(
 )
 app.command("up")(up.up)
 app.add_typer(db.app, name="db")
+app.add_typer(keys.app, name="keys")
 app.add_typer(product.app, name="product")
 app.add_typer(engine.app, name="engine")
 app.add_typer(admit.app)

@@ -2,11 +2,14 @@
 
 import logging
 import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psycopg
 
 from services.cli.failure import Failure, failure_with_log
+from services.cli.var_directory import InUse, VarDirectory
 from services.provisioner.store.migrations import migrate
 from services.shared import embedded_postgres
 
@@ -37,6 +40,36 @@ def start_embedded(data_dir: Path, log: Path) -> str:
         handler.close()
 
 
+@contextmanager
+def embedded(var: VarDirectory, data_dir: Path) -> Iterator[str]:
+    """The URL of the embedded PostgreSQL over `data_dir`; one that did not run before is stopped at the end.
+
+    Raises:
+        Failure: it does not start, or another process runs the platform and might start it, too.
+    """
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(var.exclusive())
+            ours = not embedded_postgres.is_running(data_dir)
+        except InUse:
+            # Whoever runs the platform also ends its PostgreSQL.
+            ours = False
+            if not embedded_postgres.is_running(data_dir):
+                raise
+        if ours:
+            stack.callback(embedded_postgres.stop, data_dir)
+        yield start_embedded(data_dir, var.log("postgresql"))
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Turns what PostgreSQL refuses into a `Failure`."""
+    try:
+        yield
+    except psycopg.Error as error:
+        raise Failure(f"PostgreSQL: {error.diag.message_primary or str(error).strip()}") from error
+
+
 async def bring_up_to_date(url: str) -> list[str]:
     """Applies the migrations that are missing; returns their names.
 
@@ -44,7 +77,5 @@ async def bring_up_to_date(url: str) -> list[str]:
         Failure: PostgreSQL refuses one.
         Unavailable: it can't be reached.
     """
-    try:
+    with refusals():
         return await migrate(url)
-    except psycopg.Error as error:
-        raise Failure(f"PostgreSQL: {error.diag.message_primary or str(error).strip()}") from error

@@ -55,7 +55,8 @@ class EngineKeyring:
     """
 
     def __init__(self, master_keys: Sequence[str]) -> None:
-        self._fernet = MultiFernet([Fernet(key) for key in master_keys])
+        fernets = [Fernet(key) for key in master_keys]
+        self._fernet, self._first = MultiFernet(fernets), fernets[0]
 
     def encrypt(self, engine_id: UUID, key: str) -> bytes:
         return self._fernet.encrypt(engine_id.bytes + key.encode())
@@ -69,6 +70,18 @@ class EngineKeyring:
         if plaintext[:16] != engine_id.bytes:
             raise UnreadableKey(engine_id)
         return plaintext[16:].decode()
+
+    def renewed(self, engine_id: UUID, token: bytes) -> bytes:
+        """The token if the first master key has made it, else one of the same content that it makes now.
+
+        Raises `UnreadableKey` as `decrypt` does.
+        """
+        self.decrypt(engine_id, token)
+        try:
+            self._first.decrypt(token)
+        except InvalidToken:
+            return self._fernet.rotate(token)
+        return token
 
 
 def is_fernet_key(key: str) -> bool:
