@@ -1,7 +1,7 @@
 """AdmissionService from bytes to bytes: what every host of it serves, whatever brings the calls."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
@@ -28,7 +28,7 @@ class Call:
         timeout_s: how long the caller waits, in seconds; None if it did not say.
     """
 
-    platform_keys: Sequence[str]
+    platform_keys: Sequence[str] = field(repr=False)
     timeout_s: float | None
 
 

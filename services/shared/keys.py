@@ -63,25 +63,28 @@ class EngineKeyring:
 
     def decrypt(self, engine_id: UUID, token: bytes) -> str:
         """Raises `UnreadableKey` if the token is not one of this engine's."""
-        try:
-            plaintext = self._fernet.decrypt(token)
-        except InvalidToken as error:
-            raise UnreadableKey(engine_id) from error
-        if plaintext[:16] != engine_id.bytes:
-            raise UnreadableKey(engine_id)
-        return plaintext[16:].decode()
+        return self._content(engine_id, token).decode()
 
     def renewed(self, engine_id: UUID, token: bytes) -> bytes:
         """The token if the first master key has made it, else one of the same content that it makes now.
 
         Raises `UnreadableKey` as `decrypt` does.
         """
-        self.decrypt(engine_id, token)
+        self._content(engine_id, token)
         try:
             self._first.decrypt(token)
         except InvalidToken:
             return self._fernet.rotate(token)
         return token
+
+    def _content(self, engine_id: UUID, token: bytes) -> bytes:
+        try:
+            plaintext = self._fernet.decrypt(token)
+        except InvalidToken as error:
+            raise UnreadableKey(engine_id) from error
+        if plaintext[:16] != engine_id.bytes:
+            raise UnreadableKey(engine_id)
+        return plaintext[16:]
 
 
 def is_fernet_key(key: str) -> bool:

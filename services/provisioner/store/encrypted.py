@@ -1,7 +1,7 @@
 """What the registry keeps encrypted, wherever it stands."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from uuid import UUID
 
 from psycopg.sql import SQL, Composed, Identifier
@@ -46,7 +46,7 @@ class Token:
     """
 
     id: UUID
-    value: bytes
+    value: bytes = field(repr=False)
 
 
 class EncryptedStore:
