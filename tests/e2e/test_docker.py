@@ -17,6 +17,7 @@ from docker import APIClient
 
 from september.admission.v1 import admission_service_pb2 as admission_pb
 from september.provisioner.v1 import provisioner_service_pb2 as pb
+from tests.canaries import Canaries
 from tests.harness import ROOT, Clients, Platform, Product, eventually, reason
 from tests.integration.docker_daemon import docker_api
 
@@ -180,6 +181,33 @@ async def test_the_pool_hands_out_no_container_that_is_dead_paused_or_of_an_old_
         await asyncio.to_thread(eventually, lambda: not ready() & set(old), "members of the old image are gone")
     finally:
         platform.api.remove_image(image, force=True)
+
+
+async def test_what_docker_shows_of_an_engine_holds_no_secret(platform: DockerPlatform, connect: Connect) -> None:
+    clients = connect(platform, platform.provisioner())
+    product = await clients.register()
+    made = await provision(clients, product)
+    rotate = pb.RotateEngineKeyRequest(user_id="u1")
+    rotated = await clients.provisioner.RotateEngineKey(rotate, metadata=product.metadata)
+    assert await execute(made.url, rotated.api_key) == 200
+    assert await execute(made.url, product.key) == 401
+
+    canaries = Canaries(
+        first_key=made.api_key,
+        second_key=rotated.api_key,
+        platform_key=product.key,
+        admin_key=platform.admin_key,
+        master_key=platform.environment["ORCH_MASTER_KEY"],
+        registry=platform.database_url,
+    )
+    name, api = f"engine-{made.engine_id}", platform.api
+    shown = [api.inspect_container(name), api.top(name), api.volumes(filters=platform.filters())]
+    look = api.exec_create(name, ["python3", "-c", "print(open('/proc/1/environ').read())"])
+    data, _ = api.get_archive(name, "/data")
+    texts = [json.dumps(shown).encode(), api.exec_start(look), b"".join(data), api.logs(name)]
+    for text, word in zip(texts, (b"ENGINE_KEY_HASH", b"ENGINE_KEY_HASH", b"brain.sqlite", b'"event"'), strict=True):
+        assert word in text
+        assert canaries.found(text) == set()
 
 
 async def test_ten_engines_for_forty_users_on_a_quota_of_ten(platform: DockerPlatform, connect: Connect) -> None:
