@@ -204,7 +204,7 @@ async def test_what_docker_shows_of_an_engine_holds_no_secret(platform: DockerPl
     shown = [api.inspect_container(name), api.top(name), api.volumes(filters=platform.filters())]
     look = api.exec_create(name, ["python3", "-c", "print(open('/proc/1/environ').read())"])
     data, _ = api.get_archive(name, "/data")
-    texts = [json.dumps(shown).encode(), api.exec_start(look), b"".join(data), api.logs(name)]
+    texts = [json.dumps(shown).encode(), api.exec_start(look["Id"]), b"".join(data), api.logs(name)]
     for text, word in zip(texts, (b"ENGINE_KEY_HASH", b"ENGINE_KEY_HASH", b"brain.sqlite", b'"event"'), strict=True):
         assert word in text
         assert canaries.found(text) == set()
