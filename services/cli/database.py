@@ -45,7 +45,8 @@ def embedded(var: VarDirectory, data_dir: Path) -> Iterator[str]:
     """The URL of the embedded PostgreSQL over `data_dir`; one that did not run before is stopped at the end.
 
     Raises:
-        Failure: it does not start, or another process runs the platform and might start it, too.
+        Failure: it does not start.
+        InUse: another process runs the platform, which might start it too at any moment.
     """
     with ExitStack() as stack:
         try:

@@ -10,6 +10,7 @@ from services.cli import database
 from services.cli.failure import Failure
 from services.cli.var_directory import VarDirectory
 from services.provisioner.master_key import MasterKeyRotation, Tally
+from services.provisioner.settings import BackendKind
 from services.provisioner.store.encrypted import EncryptedStore
 from services.shared.keys import EngineKeyring
 from services.shared.postgres import Database
@@ -66,7 +67,7 @@ def _registries(settings: CommonSettings) -> Iterator[str]:
         yield settings.database_url
         return
     var = VarDirectory(settings.var_dir)
-    data_dirs = sorted(var.path.glob(f"{var.postgres.name}*"))
+    data_dirs = [data_dir for data_dir in map(var.registry, BackendKind) if data_dir.exists()]
     if not data_dirs:
         raise Failure(f"there is no registry under {var.path}")
     for data_dir in data_dirs:

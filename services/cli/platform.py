@@ -7,7 +7,6 @@ import sys
 from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from services.admission.settings import AdmissionSettings
 from services.cli import database, demo, gateway, health
@@ -19,7 +18,6 @@ from services.cli.part import Part
 from services.cli.progress import StartProgress
 from services.cli.settings import UpSettings
 from services.cli.var_directory import VarDirectory
-from services.provisioner.settings import BackendKind
 from services.shared import embedded_postgres
 from services.shared.settings import PREFIX, file_variables, variable
 
@@ -89,7 +87,7 @@ class Platform:
         }
 
     async def _start_postgres(self) -> str:
-        data_dir = self._data_dir()
+        data_dir = self.var.registry(self.settings.engine_backend)
         starting = asyncio.create_task(asyncio.to_thread(database.start_embedded, data_dir, self.var.log("postgresql")))
 
         async def stop() -> None:
@@ -106,11 +104,6 @@ class Platform:
         url = await asyncio.shield(starting)
         self.watch.create_task(watch())
         return url
-
-    def _data_dir(self) -> Path:
-        # One backend can't run the engines of another: each has a registry of its own.
-        backend, default = self.settings.engine_backend, self.var.postgres
-        return default if backend is BackendKind.PROCESS else default.with_name(f"{default.name}-{backend}")
 
     async def _run_gateway(self, admission_address: str, environment: Mapping[str, str]) -> Part:
         """Runs Envoy, which gets to know no more secrets than what runs inside of it needs."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from services.cli.failure import Failure
+from services.provisioner.settings import BackendKind
 
 
 class InUse(Failure):
@@ -27,6 +28,11 @@ class VarDirectory:
         self.path = path
         self.postgres = path / "postgres"
         self.environment = path / "run" / "env"
+
+    def registry(self, backend: BackendKind) -> Path:
+        """The data of PostgreSQL; one backend can't run the engines of another, so each has a registry of its own."""
+        name = self.postgres.name
+        return self.postgres if backend is BackendKind.PROCESS else self.path / f"{name}-{backend}"
 
     @contextmanager
     def exclusive(self) -> Iterator[None]:

@@ -3,9 +3,10 @@
 from collections.abc import Callable
 
 import pytest
+from cryptography.fernet import Fernet
 
 from tests.e2e.installation import Installation, install
-from tests.harness import ROOT
+from tests.harness import DEADLINE_S, ROOT
 
 __all__ = ["install"]
 
@@ -31,6 +32,34 @@ def test_migrates_the_given_database(install: Install, database_url: str) -> Non
     installation = install(ORCH_DATABASE_URL=database_url)
     assert installation.run("db", "migrate").stdout.splitlines() == MIGRATIONS
     assert not installation.var.exists()
+
+
+def test_the_master_key_of_an_installation_is_given_up(install: Install) -> None:
+    installation = install()
+    up = installation.up()
+    before = installation.admit()
+    file = installation.var / "secrets" / "master_key"
+    installation.environment["ORCH_MASTER_KEY_FILE"] = str(file)
+    looked = installation.run("keys", "status")
+    assert (looked.returncode, looked.stdout.splitlines()) == (
+        0,
+        [
+            f"{installation.var}/postgres:",
+            "engines.pending_key: 0 under the first master key, 0 under others, 0 unreadable",
+            "engines.encrypted_key: 1 under the first master key, 0 under others, 0 unreadable",
+        ],
+    )
+    up.terminate()
+    assert up.wait(DEADLINE_S) == 0
+
+    new = Fernet.generate_key().decode()
+    file.write_text(f"{new},{file.read_text()}")
+    rotated = installation.run("keys", "rotate")
+    assert (rotated.returncode, rotated.stdout.splitlines()[1]) == (0, "1 encrypted anew")
+    assert installation.processes() == []
+    file.write_text(f"{new}\n")
+    installation.up()
+    assert installation.admit()["api_key"] == before["api_key"]
 
 
 @pytest.mark.parametrize(
