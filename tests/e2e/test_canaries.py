@@ -259,7 +259,7 @@ async def test_no_secret_is_where_it_must_not_be(
 
     files = {f"{name}_FILE": str(tmp_path / name) for name in values}
     # So few that they run out.
-    installation = install(**files, ORCH_PORT_MIN="26000", ORCH_PORT_MAX="26002")
+    installation = install(**files, ORCH_PORT_MIN="26000", ORCH_PORT_MAX="26002", ORCH_WARM_POOL_SIZE="0")
     up = installation.up("--lane", lane)
     announced = installation.announced()
     canaries.add("platform key", announced["PLATFORM_KEY"])

@@ -35,7 +35,7 @@ def test_migrates_the_given_database(install: Install, database_url: str) -> Non
 
 
 def test_the_master_key_of_an_installation_is_given_up(install: Install) -> None:
-    installation = install()
+    installation = install(ORCH_WARM_POOL_SIZE="0")
     up = installation.up()
     before = installation.admit()
     file = installation.var / "secrets" / "master_key"
