@@ -23,19 +23,12 @@ from uuid import UUID
 import structlog
 
 from services.admission.domain import Product
-from services.admission.ratelimit_share import Claim, Grant, Share, Waiter
+from services.admission.ratelimit_ledger import ANSWER_S, LEASE_S, PROMISED_ANSWERS, WINDOW_S, Claim, Ledger
+from services.admission.ratelimit_share import Share, Waiter
 from services.shared.errors import RateLimited, ServiceError, Unavailable
 from services.shared.loops import Pulse
 
 log = structlog.get_logger(__name__)
-
-WINDOW_S = 60.0
-LEASE_S = 0.3
-ANSWER_S = 1.0
-"""Longest wait for an answer of the ledger; what is on its way for longer counts as lost."""
-
-PROMISED_ANSWERS = 8
-"""How long a promise holds, in times `ANSWER_S`."""
 
 # How long a call waits for what others give up: till they have noticed, and it has asked again.
 _RECLAIMING_LEASES = 3
@@ -56,24 +49,6 @@ class Limiter(Protocol):
             RateLimited: none is left; says after how many seconds one is.
             Unavailable: nobody can grant one now.
         """
-
-
-class Ledger(Protocol):
-    """Who holds which share. Errors: `Unavailable` within `ANSWER_S` if there is no answer."""
-
-    async def exchange(self, claims: Sequence[Claim], spare: Sequence[UUID]) -> Mapping[UUID, Grant | None]:
-        """Carries out claims, at most one by product.
-
-        Args:
-            claims: of this replica.
-            spare: products of which this replica holds more than it needs.
-
-        Returns:
-            What was granted, by product. None for a product of `spare` that others are short of.
-        """
-
-    async def leave(self) -> None:
-        """This replica makes no more admits than it has made known."""
 
 
 class LeasedLimiter:

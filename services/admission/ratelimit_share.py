@@ -16,49 +16,13 @@ from dataclasses import dataclass
 from math import inf
 from uuid import UUID
 
+from services.admission.ratelimit_ledger import Claim, Grant
+
 # Admits are counted together for this part of the window, as if made last; and made known so.
 _RESOLUTION = 1 / 1000
 _SLOTS = 60
 # A promise covers this many leases, one of which may be missed.
 _PROMISED_LEASES = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """What a replica asks of the ledger for one product.
-
-    Attributes:
-        bound: the share that it has, to which it has bound itself.
-        need: the share that it needs; it gives up what it has beyond.
-        promise: most admits that follow before its next claim; None for no promise.
-        lasting: admits still in the window now, and 1, 2, ... 59 sixtieths of a window later.
-    """
-
-    product_id: UUID
-    bound: int
-    need: int
-    promise: int | None
-    lasting: list[int]
-
-
-@dataclass(frozen=True, slots=True)
-class Grant:
-    """What the ledger answers.
-
-    Attributes:
-        granted: by how much the share has grown.
-        cap: the share that may be used at the moment, be it smaller.
-        keep: the share that may be held without need.
-        reclaimable: if it grew by less than needed: how much others may be about to give up.
-        wait_s: if it grew by less than needed: seconds until the next admit of anybody leaves the
-            window; None if that is not known.
-    """
-
-    granted: int
-    cap: int
-    keep: int
-    reclaimable: int
-    wait_s: float | None
 
 
 @dataclass(slots=True)

@@ -12,8 +12,7 @@ from uuid import UUID
 
 import structlog
 
-from services.admission.ratelimit import ANSWER_S, LEASE_S, WINDOW_S
-from services.admission.ratelimit_share import Claim, Grant
+from services.admission.ratelimit_ledger import ANSWER_S, LEASE_S, PROMISED_ANSWERS, WINDOW_S, Claim, Grant
 from services.shared import queries
 from services.shared.errors import Unavailable
 from services.shared.postgres import Connection, Database, translated
@@ -22,11 +21,10 @@ log = structlog.get_logger(__name__)
 
 _SQL = queries.load(files("services.admission") / "sql" / "rate_limit.sql")
 
-# Less than a promise holds, by what moments may be wrong at both of its ends.
-_PROMISED_ANSWERS = 5
 
-
-async def forget_replica(database: Database, replica_id: UUID, *, answer_s: float = ANSWER_S) -> None:
+async def forget_replica(
+    database: Database, replica_id: UUID, *, window_s: float = WINDOW_S, answer_s: float = ANSWER_S
+) -> None:
     """A replica makes no more admits: of its shares only what it may have used counts, until that has left the window.
 
     Only to be called by who knows for certain that it is dead. The sooner, the less of the limit is
@@ -35,7 +33,13 @@ async def forget_replica(database: Database, replica_id: UUID, *, answer_s: floa
     Raises:
         Unavailable.
     """
-    values = {"replica_id": replica_id, "promised_s": _PROMISED_ANSWERS * answer_s}
+    error_s = 2 * answer_s
+    values = {
+        "replica_id": replica_id,
+        "window_s": window_s,
+        "promised_s": PROMISED_ANSWERS * answer_s - error_s,
+        "error_s": error_s,
+    }
     async with database.connection() as connection:
         await connection.execute(_SQL["forget_replica"], values)
 

@@ -91,6 +91,7 @@ class Gateway:
     admin: str
     output: Path
     log: Path
+    process: asyncio.subprocess.Process
 
     async def rest(
         self, method: str, path: str, body: bytes | None = None, headers: Iterable[tuple[str, str]] = ()
@@ -184,7 +185,7 @@ async def running_gateway(
         admin = await eventually(ready)
         listeners = await _get(admin, "/listeners?format=json")
         address = json.loads(listeners.body)["listener_statuses"][0]["local_address"]["socket_address"]
-        yield Gateway(f"{address['address']}:{address['port_value']}", admin, output, log)
+        yield Gateway(f"{address['address']}:{address['port_value']}", admin, output, log, process)
         # After a script's error Envoy goes on as if there were no script.
         assert "script log" not in log.read_text()
     finally:

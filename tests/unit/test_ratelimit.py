@@ -6,7 +6,8 @@ from uuid import uuid4
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.admission.ratelimit_share import Claim, Grant, Share
+from services.admission.ratelimit_ledger import Claim, Grant
+from services.admission.ratelimit_share import Share
 
 WINDOW_S = 60.0
 LEASE_S = 0.3

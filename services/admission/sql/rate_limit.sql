@@ -6,11 +6,15 @@ FROM claim_shares(
     make_interval(secs => %(slack_s)s))
 
 -- name: forget_replica
--- One that has not been heard for long may have begun to go on by itself, without promise.
+-- What it may have admitted that is not known: what its share allowed, since it never has more than
+-- that in a window, beside what it had made known; and if it was heard of late, what it had promised.
 UPDATE rate_shares
-SET left_at = clock_timestamp() - ahead,
-    unknown = CASE WHEN heard_at > clock_timestamp() - ahead - make_interval(secs => %(promised_s)s) THEN unknown ELSE share END
-FROM rate_clock
+SET left_at = moment,
+    unknown = least(
+        CASE WHEN heard_at > moment - make_interval(secs => %(promised_s)s) THEN unknown ELSE share END,
+        share - coalesce(lasting[1 + ceil(
+            (extract(epoch FROM moment - heard_at) + %(error_s)s) / %(window_s)s * cardinality(lasting))::integer], 0))
+FROM (SELECT clock_timestamp() - ahead AS moment FROM rate_clock) AS clock
 WHERE replica_id = %(replica_id)s AND left_at IS NULL
 
 -- name: leave
