@@ -84,14 +84,10 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class Gateway:
-    """A gateway that serves."""
+class Served:
+    """A gateway, as its callers know it."""
 
     address: str
-    admin: str
-    output: Path
-    log: Path
-    process: asyncio.subprocess.Process
 
     async def rest(
         self, method: str, path: str, body: bytes | None = None, headers: Iterable[tuple[str, str]] = ()
@@ -121,6 +117,16 @@ class Gateway:
     async def raw(self, request: bytes) -> Answer:
         """Sends these bytes and reads one answer."""
         return await _exchange(self.address, request)
+
+
+@dataclass(frozen=True)
+class Gateway(Served):
+    """A gateway of the test's own."""
+
+    admin: str
+    output: Path
+    log: Path
+    process: asyncio.subprocess.Process
 
     async def admin_page(self, path: str) -> bytes:
         return (await _get(self.admin, path)).body

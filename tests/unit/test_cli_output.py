@@ -43,6 +43,7 @@ def test_every_code_of_the_error_table_has_its_exit_code() -> None:
         "PRODUCT_SLUG_EXISTS": 5,
         "ENGINE_NOT_RUNNING": 5,
         "ENGINE_ALREADY_RUNNING": 5,
+        "IDEMPOTENCY_CONFLICT": 5,
         "RATE_LIMITED": 6,
         "QUOTA_EXCEEDED": 6,
         "INTERNAL": 1,

@@ -12,7 +12,7 @@ from tests.unit.test_structure import MODULES, module_name
 
 SECRET = re.compile(r"key|secret|token|password|environment|database_url")
 NO_SECRET = re.compile(
-    r"_hash$|page_token$"  # hashes, places in a list,
+    r"_hash$|page_token$|idempotency\.KeyedCall\.key_id$"  # hashes, places in a list,
     r"|memory\._LookUp\.keys$|engine\.handler\.Engine\.keys$"  # what shows nothing of what is in it,
     r"|ratelimit_share\.Waiter\.token$"  # the right to one admit
 )

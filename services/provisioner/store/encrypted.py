@@ -34,6 +34,7 @@ COLUMNS = (
     # Before the keys that it becomes: a commit in between takes a token along that is new already.
     Column("engines", "engine_id", "pending_key"),
     Column("engines", "engine_id", "encrypted_key"),
+    Column("idempotency_keys", "key_id", "answer"),
 )
 """All there are, in the order in which they can be encrypted anew."""
 
