@@ -122,8 +122,15 @@ async def live_a_life(callers: Callers, registry: "psycopg.Connection[Any]", cha
     rest, admin = callers.rest, callers.admin
     product_id, product = await callers.register(allowed_images=["services.engine", "tests.engines.*"])
     _, other = await callers.register()
+    # Twice the same answer, which is kept for that.
+    once = [("idempotency-key", "k1")]
+    for who, path, body, gives in (
+        (admin, "/products/register", {"slug": "once", "policy": {"max_engines": 1}}, PLATFORM_KEYS),
+        (product, "/engines/provision", {"user_id": "u2"}, ENGINE_KEYS),
+    ):
+        first = await rest("POST", path, who + once, body, gives=gives)
+        assert await rest("POST", path, who + once, body, gives=gives) == first
     engine = await rest("POST", "/engines/u1/admit", product, {"auto_provision": True}, gives=ENGINE_KEYS)
-    await rest("POST", "/engines/provision", product, {"user_id": "u2"}, gives=ENGINE_KEYS)
     await rest("GET", "/engines/u1", product, gives=ENGINE_KEYS)
     await rest("POST", "/engines/u1/rotate-key", product, gives=ENGINE_KEYS)
     current = (await rest("GET", "/engines/u1", product, gives=ENGINE_KEYS))["api_key"]
@@ -269,7 +276,7 @@ async def test_no_secret_is_where_it_must_not_be(
         async with grpc.aio.insecure_channel(address) as channel:
             await live_a_life(callers, registry, channel)
     assert callers.codes >= PROVOKED
-    assert {name: len(keys) for name, keys in callers.given.items()} == {"platform key": 4, "engine key": 4}
+    assert {name: len(keys) for name, keys in callers.given.items()} == {"platform key": 5, "engine key": 4}
     (tmp_path / "ORCH_MASTER_KEY").write_text(f"{new_master_key},{values['ORCH_MASTER_KEY']}\n")
     rotated = installation.run("keys", "rotate")
     assert rotated.returncode == 0

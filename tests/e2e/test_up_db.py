@@ -47,6 +47,7 @@ def test_the_master_key_of_an_installation_is_given_up(install: Install) -> None
             f"{installation.var}/postgres:",
             "engines.pending_key: 0 under the first master key, 0 under others, 0 unreadable",
             "engines.encrypted_key: 1 under the first master key, 0 under others, 0 unreadable",
+            "idempotency_keys.answer: 0 under the first master key, 0 under others, 0 unreadable",
         ],
     )
     up.terminate()

@@ -175,6 +175,19 @@ async def test_a_pending_key_is_encrypted_anew_as_well(rows: Rows, rotation: Mas
     assert {new.decrypt(engine_id, token) for engine_id, token in pending} == {f"{k}-p" for k in rows.keys.values()}
 
 
+async def test_a_kept_answer_is_encrypted_anew_as_well(rows: Rows, rotation: MasterKeyRotation) -> None:
+    key_id = uuid4()
+    with psycopg.connect(rows.url, autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO idempotency_keys (key_id, request_hash, answer) VALUES (%s, %s, %s)",
+            [key_id, b"h" * 32, EngineKeyring([OLD]).encrypt(key_id, "an answer")],
+        )
+        assert await rotation.rotate(silent) == 1
+        row = connection.execute("SELECT answer FROM idempotency_keys").fetchone()
+    assert row is not None
+    assert EngineKeyring([NEW]).decrypt(key_id, row[0]) == "an answer"
+
+
 async def test_what_is_new_already_stays_as_it_is_and_nobody_is_told(rows: Rows, rotation: MasterKeyRotation) -> None:
     rows.add(3)
     with psycopg.connect(rows.url, autocommit=True) as connection:
