@@ -130,7 +130,9 @@ class LeasedLimiter:
         while True:
             await self._asked.wait(max(tick_at - self._clock(), 0))
             if self._clock() < tick_at:
-                await self._exchange({share: share.claim(self._clock(), promised=True) for share in self._asking()}, [])
+                # None if the timer was early.
+                if asking := self._asking():
+                    await self._exchange({share: share.claim(self._clock(), promised=True) for share in asking}, [])
             else:
                 tick_at = self._clock() + self._lease_s
                 await self.tick()
