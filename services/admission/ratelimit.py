@@ -214,9 +214,5 @@ def _limited(share: Share, now: float) -> RateLimited:
 
 
 def _unreachable(share: Share, now: float) -> ServiceError:
-    if share.full(now):
-        # Certain, whatever the others have.
-        return RateLimited(
-            f"the product is over its {share.limit} admits a minute", retry_after_s=share.below_at(share.limit) - now
-        )
-    return Unavailable("the registry can't be reached")
+    # Certain, whatever the others have.
+    return _limited(share, now) if share.full(now) else Unavailable("the registry can't be reached")

@@ -128,6 +128,8 @@ class Share:
 
     def free_after_s(self, now: float) -> float:
         """Seconds after which a token that was asked for in vain is free, as far as is known."""
+        if self.full(now):
+            return self.below_at(self.limit) - now
         moment = self.free_at if self.free_at > now else self.ask_at
         return moment - now if moment > now else self._lease_s
 

@@ -13,7 +13,7 @@ from uuid import UUID
 
 from services.shared.errors import Unavailable
 
-_INTERVAL_S = 0.5
+INTERVAL_S = 0.5
 
 
 @contextmanager
@@ -51,15 +51,16 @@ def forget(directory: Path, replica_id: UUID) -> None:
     (directory / str(replica_id)).unlink(missing_ok=True)
 
 
-async def watch(directory: Path, bury: Callable[[UUID], Awaitable[None]]) -> None:
+async def watch(directory: Path, bury: Callable[[UUID], Awaitable[None]], *, interval_s: float = INTERVAL_S) -> None:
     """Buries whoever dies, soon after: what is held for the dead, nobody else can use.
 
     Args:
         directory: of the replicas.
         bury: told of a dead one, perhaps more than once; `Unavailable` if it has to be told again.
+        interval_s: seconds between two looks.
     """
     while True:
-        await asyncio.sleep(_INTERVAL_S)
+        await asyncio.sleep(interval_s)
         for replica_id in dead(directory):
             with suppress(Unavailable):
                 await bury(replica_id)
