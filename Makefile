@@ -27,7 +27,7 @@ test: $(VENV)/.dev ## Run all tests that this machine can; REQUIRE_DOCKER=1 allo
 	@if docker info >/dev/null 2>&1; then deploy/docker/make-engine-image $(ENGINE_IMAGE); \
 	elif [ "$$REQUIRE_DOCKER" = 1 ]; then echo "no Docker daemon answers" >&2; exit 1; \
 	else echo "no Docker daemon answers: the tests that need one are skipped"; fi
-	$(BIN)/pytest -n 4 --dist loadfile
+	$(BIN)/pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test-long: $(VENV)/.dev ## Run the tests that take minutes.
 	$(BIN)/pytest -m long

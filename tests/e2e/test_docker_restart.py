@@ -18,6 +18,8 @@ from tests.harness import Clients, Product, eventually
 from tests.integration.docker_daemon import docker_api
 from tests.integration.test_life_cycle import User, accepted, execute
 
+pytestmark = pytest.mark.early
+
 __all__ = ["docker_api", "images"]
 
 Connect = Callable[..., Clients]

@@ -14,6 +14,8 @@ from september.admission.v1 import admission_service_pb2 as admission_pb
 from september.provisioner.v1 import provisioner_service_pb2 as pb
 from tests.harness import Clients, Platform, eventually
 
+pytestmark = pytest.mark.early
+
 Connect = Callable[..., Clients]
 LEASE = {"ORCH_OPERATION_LEASE_S": "1"}
 

@@ -20,6 +20,8 @@ from services.shared.postgres import Database
 from tests.harness import Clients, Platform, Product, Service, eventually
 from tests.integration.test_life_cycle import User, process_of
 
+pytestmark = pytest.mark.early
+
 Connect = Callable[..., Clients]
 STATUS = engine_pb2.Engine.Status
 REASON = denial_pb2.Denial.Reason

@@ -24,6 +24,8 @@ from services.shared.postgres import Database
 from tests.harness import Clients, Platform, Product, eventually, reason, retry_after_s
 from tests.integration.test_life_cycle import User
 
+pytestmark = pytest.mark.early
+
 Connect = Callable[..., Clients]
 REASON = denial_pb2.Denial.Reason
 # As old as anything may be that Admission knows.

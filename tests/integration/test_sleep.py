@@ -13,6 +13,8 @@ from september.engine.v1 import denial_pb2, engine_pb2
 from tests.harness import Clients, Platform, eventually
 from tests.integration.test_life_cycle import User, execute, process_of
 
+pytestmark = pytest.mark.early
+
 Connect = Callable[..., Clients]
 STATUS = engine_pb2.Engine.Status
 REASON = denial_pb2.Denial.Reason
