@@ -21,6 +21,8 @@ log = structlog.get_logger(__name__)
 
 # A boot taken over after its deadline gets one honest look at the engine before it is undone.
 _LAST_LOOK_S = 2.0
+# What was frozen answers at once, or has to be looked at as any other.
+_THAWED_S = 1.0
 _FIRST_PAUSE_S = 0.002
 _GROWTH = 1.2
 _LONGEST_PAUSE_S = 0.5
@@ -61,9 +63,9 @@ class Boot:
         Raises:
             LeaseLost, GiveWay.
         """
+        deadline = time.monotonic() + max(operation.seconds_left, _LAST_LOOK_S)
         if operation.kind is OperationKind.WAKE and await self._woken(operation, lease):
             return None
-        deadline = time.monotonic() + max(operation.seconds_left, _LAST_LOOK_S)
         pause = _FIRST_PAUSE_S
         ended_before = False
         while True:
@@ -101,8 +103,11 @@ class Boot:
         answer = asyncio.create_task(self._engines.health(engine.url))
         try:
             # It has had its port all the time: nothing else can answer there.
-            return _runs(await self._backend.thaw(engine.engine_id)) and (await answer).healthy
-        except ServiceError:
+            if not _runs(await self._backend.thaw(engine.engine_id)):
+                return False
+            async with asyncio.timeout(_THAWED_S):
+                return (await answer).healthy
+        except (ServiceError, TimeoutError):
             return False
         finally:
             answer.cancel()

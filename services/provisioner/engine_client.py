@@ -37,7 +37,8 @@ class HttpEngineClient:
                 if response.status != 200:
                     return _NOT_WELL
                 body = json.loads(await response.content.read(_MAX_BYTES))
-        except (aiohttp.ClientError, OSError, ValueError):
+        except (aiohttp.ClientError, OSError, ValueError, RecursionError):
+            # Whatever it says: brackets in brackets, for one.
             return _NOT_WELL
         if not isinstance(body, dict):
             return _NOT_WELL

@@ -8,9 +8,9 @@ from services.provisioner.domain.operation import GiveWay, LeaseLost
 class Lease:
     """Holds until a moment on this process's monotonic clock."""
 
-    def __init__(self, until: float) -> None:
+    def __init__(self, until: float, *, give_way: bool = False) -> None:
         self._until = until
-        self._give_way = False
+        self._give_way = give_way
 
     def renew(self, until: float, *, give_way: bool) -> None:
         self._until = until

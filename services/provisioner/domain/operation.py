@@ -65,7 +65,8 @@ class Outcome(StrEnum):
 class Operation:
     """An operation that this process has claimed.
 
-    `seconds_left` is the time to the deadline at the moment of the claim, on the database's clock.
+    `cancelled` if it was asked to give way before it was claimed; `seconds_left` is the time to the
+    deadline at the moment of the claim, on the database's clock.
     """
 
     operation_id: UUID
@@ -77,6 +78,7 @@ class Operation:
     attempts: int
     error_code: str | None
     error_message: str | None
+    cancelled: bool
     seconds_left: float
 
 

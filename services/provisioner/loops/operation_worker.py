@@ -117,7 +117,7 @@ class OperationWorker:
         found = Counter(operation.queue for operation in claimed)
         self._crowded = {queue for queue in Queue if found[queue] == free.get(queue, 0)}
         for operation in claimed:
-            lease = Lease(now + self._lease_s)
+            lease = Lease(now + self._lease_s, give_way=operation.cancelled)
             task = asyncio.create_task(self._carry_out(operation, lease), name=f"operation {operation.kind}")
             self._runs[operation.operation_id] = _Run(operation, lease, task)
 

@@ -111,11 +111,15 @@ class WarmPool:
                 looked = time.monotonic()
                 try:
                     async with asyncio.timeout(_SEARCH_S - (time.monotonic() - begun)):
-                        fit = all(await self._look(member))
-                except (TimeoutError, ServiceError):
+                        current, well = await self._look(member)
+                except TimeoutError:
                     return None  # The backend says nothing: a boot waits until it does.
-                if not fit:
-                    await self._drop(member, "it was not fit to be handed out")
+                except ServiceError:
+                    continue
+                if not current:
+                    await self._drop(member, "it had ended, or its image is another now")
+                if not (current and well):
+                    # One that is only silent may be well on a machine that is not: the next look at all tells.
                     continue
                 engine = await self._members.claim(
                     member, product_id, user_id, actor, begun=begun, fresh_until=looked + _FRESH_S
@@ -167,15 +171,23 @@ class WarmPool:
             pass
 
     async def _examine(self, ready: list[Member]) -> None:
-        looks = await asyncio.gather(*(self._look(member) for member in ready))
-        ended = [member for member, (current, _) in zip(ready, looks, strict=True) if not current]
-        silent = [member for member, (current, well) in zip(ready, looks, strict=True) if current and not well]
+        looks = await asyncio.gather(*(self._looked(member) for member in ready))
+        ended = [member for member, look in zip(ready, looks, strict=True) if look is not None and not look[0]]
+        silent = [member for member, look in zip(ready, looks, strict=True) if look == (True, False)]
         for member in ended:
             await self._drop(member, "it had ended, or its image is another now")
         if prober_is_ill(len(silent), len(ready)):
             return
         for member in silent:
             await self._drop(member, "it did not answer well")
+
+    async def _looked(self, member: Member) -> tuple[bool, bool] | None:
+        """A look; None if the backend can't tell of this one now."""
+        try:
+            return await self._look(member)
+        except ServiceError as error:
+            log.warning("warm_engine_not_seen", engine_id=str(member.engine_id), reason=error.message)
+            return None
 
     async def _look(self, member: Member) -> tuple[bool, bool]:
         """Whether it runs what its image's name stands for now, and whether it answers well.

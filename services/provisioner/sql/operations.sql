@@ -78,6 +78,7 @@ SET owner = %(owner)s,
 FROM due
 WHERE operation_id = due.id
 RETURNING operation_id, engine_id, kind, queue, step, actor, attempts, error_code, error_message,
+    cancelled_by IS NOT NULL AS cancelled,
     extract(epoch FROM deadline - clock_timestamp())::double precision AS seconds_left
 
 -- name: renew_leases
@@ -126,8 +127,9 @@ WHERE operation_id = %(operation_id)s AND owner = %(owner)s AND finished_at IS N
 
 -- name: request_cancel
 -- Told to the workers like work that is queued: its owner learns of it when it renews the lease.
+-- One that still waits does so no longer: somebody waits for its end.
 WITH changed AS (
-    UPDATE operations SET cancelled_by = %(actor)s WHERE operation_id = %(operation_id)s RETURNING operation_id
+    UPDATE operations SET cancelled_by = %(actor)s, queue = 'other' WHERE operation_id = %(operation_id)s RETURNING operation_id
 )
 SELECT pg_notify('operations', 'queued') FROM changed
 

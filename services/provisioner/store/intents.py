@@ -4,8 +4,8 @@ Locks are taken in the order idempotency key, product, engine, operation.
 """
 
 import asyncio
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import Any
 from uuid import UUID, uuid4
 from weakref import WeakValueDictionary
@@ -18,12 +18,22 @@ from services.provisioner.domain.transitions import BOOTS, TRANSITIONS, YIELDS, 
 from services.provisioner.store.idempotency import once
 from services.provisioner.store.ports import PortAllocator
 from services.provisioner.store.rows import load_sql, to_engine, to_open_operation, to_product
-from services.shared.errors import EngineAlreadyExists, EngineNotFound, PortExhaustion, ProductNotFound, QuotaExceeded
+from services.shared.errors import (
+    EngineAlreadyExists,
+    EngineNotFound,
+    PortExhaustion,
+    ProductNotFound,
+    QuotaExceeded,
+    Unavailable,
+)
 from services.shared.postgres import Connection, Database
 
 _ENGINES = load_sql("engines")
 _OPERATIONS = load_sql("operations")
 _PRODUCTS = load_sql("products")
+
+# Longer than hundreds take, and not as long as the registry might make each of them wait.
+_TURN_S = 10.0
 
 
 class IntentStore:
@@ -53,13 +63,26 @@ class IntentStore:
         self._url_of = url_of
         self._turns: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
 
-    def turn(self, product_id: UUID) -> asyncio.Lock:
+    @asynccontextmanager
+    async def turn(self, product_id: UUID) -> AsyncIterator[None]:
         """To be held around a transaction that takes the product's lock.
 
         Whoever waits for that lock in the registry holds a connection meanwhile: one product's burst
         would take them all, and everybody else would wait with it.
+
+        Raises:
+            Unavailable: it did not come in time.
         """
-        return self._turns.setdefault(product_id, asyncio.Lock())
+        turn = self._turns.setdefault(product_id, asyncio.Lock())
+        try:
+            async with asyncio.timeout(_TURN_S):
+                await turn.acquire()
+        except TimeoutError as error:
+            raise Unavailable("the product has too many new users at once") from error
+        try:
+            yield
+        finally:
+            turn.release()
 
     async def engine_of_user(self, product_id: UUID, user_id: str) -> Engine | None:
         async with self._database.connection() as connection:
