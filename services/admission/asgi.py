@@ -202,12 +202,14 @@ def _deadline_exceeded() -> Exception:
 
 async def _body(receive: Receive) -> bytes:
     """The request, of which the gateway passes no more on than a message may have."""
-    event = await receive()
-    body: bytes = event["body"]
-    while event["more_body"]:
+    body: bytes = b""
+    while True:
         event = await receive()
+        if event["type"] == "http.disconnect":
+            raise _CallerLeft
         body += event["body"]
-    return body
+        if not event["more_body"]:
+            return body
 
 
 async def _send_all(send: Send, events: Iterable[Event]) -> None:

@@ -77,7 +77,8 @@ class _LookUp(Generic[K]):
 
 
 class Memory(Generic[K, V]):
-    """Remembers what exists under a key, and what does not. The least recently used is given up first.
+    """Remembers what exists under a key, and what does not. The least recently used is given up first,
+    of each by itself: whoever asks for what never was makes nobody's forgotten.
 
     Many may miss the same or different keys at once: one look-up is under way at a time, and
     what is missed meanwhile shares the next.
@@ -86,7 +87,7 @@ class Memory(Generic[K, V]):
         freshness: says whether what is remembered still counts.
         look_up: finds several; what it leaves out does not exist, an error is for those who asked for that key.
         lasting: whether a thing may be told of without the source.
-        size: most keys to remember.
+        size: most things to remember, and so many again that do not exist.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class Memory(Generic[K, V]):
         self._lasting = lasting
         self._size = size
         self._remembered: OrderedDict[K, Found[V]] = OrderedDict()
+        self._absent: OrderedDict[K, Found[V]] = OrderedDict()
         self._missed: dict[K, asyncio.Future[None]] = {}
         self._under_way: list[_LookUp[K]] = []
         self._learner: asyncio.Task[None] | None = None
@@ -117,18 +119,22 @@ class Memory(Generic[K, V]):
             if known is not None and self._counts(known):
                 self._remembered.move_to_end(key)
                 return known.value
+            if key in self._absent and self._freshness.vouches():
+                self._absent.move_to_end(key)
+                return None
             await self._learn(key)
 
     def forget(self, key: K) -> None:
         """What is under the key has changed."""
-        self._remembered.pop(key, None)
+        self._drop(key)
         for look_up in self._under_way:
             look_up.outdated.add(key)
 
-    def forget_all(self, changed: Callable[[V | None], bool]) -> None:
-        """Everything has changed for which this holds; takes a look at each."""
-        for key in [key for key, found in self._remembered.items() if changed(found.value)]:
+    def forget_all(self, changed: Callable[[V], bool]) -> None:
+        """All has changed for which this holds, and what did not exist may; takes a look at each."""
+        for key in [key for key, found in self._remembered.items() if found.value is None or changed(found.value)]:
             del self._remembered[key]
+        self._absent.clear()
         for look_up in self._under_way:
             look_up.outdated.update(look_up.keys)
 
@@ -140,12 +146,11 @@ class Memory(Generic[K, V]):
         """
         for look_up in self._under_way:
             look_up.outdated.update(look_up.keys)
+        self._absent.clear()
         keys = list(self._remembered)
         for start in range(0, len(keys), _MAX_BATCH):
             batch = keys[start : start + _MAX_BATCH]
-            for key, found in (await self._looked_up(batch)).items():
-                if isinstance(found, Exception):
-                    self._remembered.pop(key, None)
+            await self._looked_up(batch)
 
     def _counts(self, known: Found[V]) -> bool:
         fresh = self._freshness
@@ -202,9 +207,15 @@ class Memory(Generic[K, V]):
         nothing: Found[V] = Found(None)
         found = {key: answer.get(key, nothing) for key in keys}
         for key, one in found.items():
+            # What was known before the look-up is out of date as well.
+            self._drop(key)
             if key not in look_up.outdated and not isinstance(one, Exception):
-                self._remembered[key] = one
-                self._remembered.move_to_end(key)
-        while len(self._remembered) > self._size:
-            self._remembered.popitem(last=False)
+                memory = self._absent if one.value is None else self._remembered
+                memory[key] = one
+                if len(memory) > self._size:
+                    memory.popitem(last=False)
         return found
+
+    def _drop(self, key: K) -> None:
+        self._remembered.pop(key, None)
+        self._absent.pop(key, None)

@@ -119,8 +119,7 @@ class ReadModel:
         if user_id is not None:
             self._engines.forget((product_id, user_id))
         else:
-            # Keys that were unknown may be its new ones.
-            self._keys.forget_all(lambda product: product is None or product.product_id == product_id)
+            self._keys.forget_all(lambda product: product.product_id == product_id)
 
     async def _look_up_keys(self, key_hashes: Sequence[bytes]) -> Mapping[bytes, Found[Product]]:
         now = self._clock()

@@ -37,12 +37,14 @@ def dead(directory: Path) -> list[UUID]:
     """The replicas of this machine that have ended, orderly or not, and were not forgotten since."""
     ended = []
     for path in directory.iterdir():
-        if path.suffix:
+        try:
+            replica_id = UUID(path.name)
+        except ValueError:
             continue
         # It is locked by the living, and gone if another has just forgotten it.
         with suppress(BlockingIOError, FileNotFoundError), path.open() as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            ended.append(UUID(path.name))
+            ended.append(replica_id)
     return ended
 
 

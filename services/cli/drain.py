@@ -26,7 +26,7 @@ def drain(admin_file: Path, grace_s: float) -> None:
     admin = admin_file.read_text()
     if not admin:
         return
-    with suppress(OSError, HTTPException):
+    with suppress(OSError, HTTPException, ValueError, KeyError):
         # Connections close with their next answer, and no new ones are taken.
         for path in ("/healthcheck/fail", "/drain_listeners"):
             _ask(admin, "POST", path)

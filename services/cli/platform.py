@@ -24,7 +24,7 @@ from services.shared.settings import PREFIX, file_variables, variable
 _START_S = 60.0
 # How long a part may take to end. The Provisioner first ends its engines.
 _PROVISIONER_GRACE_S = 60.0
-_ADMISSION_GRACE_S = 20.0
+_ADMISSION_GRACE_S = 25.0
 _GATEWAY_GRACE_S = 20.0
 # How long calls under way have to be answered before that.
 _DRAIN_S = 10.0

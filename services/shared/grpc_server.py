@@ -17,15 +17,15 @@ from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from september.errors.v1 import errors_pb2
-from services.shared.errors import InvalidPlatformKey, InvalidRequest, RateLimited, ServiceError
+from services.shared.errors import InvalidPlatformKey, InvalidRequest, RateLimited, ServiceError, Unavailable
 
 ERROR_DOMAIN = "platform.september"
 MAX_REQUEST_BYTES = 64 * 1024
 
 log = structlog.get_logger(__name__)
 
-# What comes in floods, and is counted (denials, the gateway's statistics), is not written call by call.
-_FLOODS = frozenset({RateLimited.code, InvalidPlatformKey.code})
+# What comes in floods, and is counted or has its cause in the log, is not written call by call.
+_FLOODS = frozenset({RateLimited.code, InvalidPlatformKey.code, Unavailable.code})
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),

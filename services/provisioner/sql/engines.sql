@@ -104,8 +104,7 @@ ON CONFLICT (node, port) DO UPDATE SET until = excluded.until
 -- platform's own decision rested on how long the engine had been idle before; by request it is
 -- only not put to sleep under those who have just been let in.
 SELECT
-    -- A replica that died may have admitted to it until then.
-    coalesce(greatest(last_admit_at, (SELECT max(died_at) FROM admission_replicas))
+    coalesce(greatest(last_admit_at, (SELECT untold_until(make_interval(secs => %(stale_ok_s)s))))
         > operations.created_at - make_interval(
             secs => CASE actor WHEN 'system' THEN coalesce(idle_sleep_after_s, 0) ELSE 1 END), false) AS admitted,
     coalesce(keep_awake_until > clock_timestamp(), false) AS held
@@ -119,10 +118,11 @@ INSERT INTO engine_activity (engine_id, last_admit_at) VALUES (%(engine_id)s, cl
 ON CONFLICT (engine_id) DO UPDATE SET last_admit_at = excluded.last_admit_at
 
 -- name: unflushed_replicas
--- Replicas that may still have admits from before a moment to tell of. One that was not heard of
--- for longer than it may go on without the registry has none, and neither has a dead one.
+-- Replicas that may still have admits from before a moment to tell of. A dead one tells nothing any
+-- more, and neither does one that was not heard of for longer than it may go on without the registry.
 SELECT count(*) AS replicas FROM admission_replicas
-WHERE died_at IS NULL AND flushed_at <= %(since)s AND flushed_at > clock_timestamp() - make_interval(secs => %(stale_ok_s)s)
+WHERE died_at IS NULL AND flushed_at <= %(since)s
+    AND flushed_at > clock_timestamp() - make_interval(secs => %(stale_ok_s)s) - interval '10 seconds'
 
 -- name: idle_engines
 -- Running engines of a node that show no sign of work for as long as their policy says.
@@ -132,7 +132,7 @@ JOIN products USING (product_id)
 LEFT JOIN engine_activity USING (engine_id)
 LEFT JOIN port_leases USING (engine_id, node)
 WHERE engines.node = %(node)s AND engines.status = 'running' AND idle_sleep_after_s IS NOT NULL
-    AND greatest(status_since, last_admit_at, busy_at, (SELECT max(died_at) FROM admission_replicas))
+    AND greatest(status_since, last_admit_at, busy_at, (SELECT untold_until(make_interval(secs => %(stale_ok_s)s))))
         + make_interval(secs => idle_sleep_after_s) < clock_timestamp()
     AND (keep_awake_until IS NULL OR keep_awake_until < clock_timestamp())
     AND NOT EXISTS (SELECT FROM operations o WHERE o.engine_id = engines.engine_id AND finished_at IS NULL)

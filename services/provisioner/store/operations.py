@@ -120,7 +120,7 @@ class OperationStore:
 
     async def idle_engines(self, limit: int) -> list[Engine]:
         """Running engines without a sign of work for as long as their product's policy says."""
-        return await self._engines("idle_engines", limit=limit)
+        return await self._engines("idle_engines", limit=limit, stale_ok_s=self._stale_ok_s)
 
     async def light_sleepers(self, deep_sleep_after_s: float, limit: int) -> list[Engine]:
         """Frozen engines that have slept for longer than that."""
@@ -152,7 +152,8 @@ class OperationStore:
     async def wanted(self, operation: Operation) -> str | None:
         """Why the engine must not sleep, as far as Admission knows: admitted to, or kept awake."""
         async with self._database.connection() as connection:
-            cursor = await connection.execute(_ENGINES["wanted"], {"operation_id": operation.operation_id})
+            values = {"operation_id": operation.operation_id, "stale_ok_s": self._stale_ok_s}
+            cursor = await connection.execute(_ENGINES["wanted"], values)
             row = await cursor.fetchone()
         if row is None:
             return None

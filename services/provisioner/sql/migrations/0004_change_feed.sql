@@ -69,3 +69,12 @@ CREATE TRIGGER platform_keys_changed AFTER INSERT OR UPDATE OR DELETE ON platfor
 -- When a replica was found to have died with admits that it had not told of. Until engines have
 -- been idle for long since then, nobody knows that they were.
 ALTER TABLE admission_replicas ADD COLUMN died_at timestamptz;
+
+-- Until when replicas may have made admits that nobody will tell of: those that died, and those that
+-- are silent. A silent one goes on for so long without the registry, and a little from when it last
+-- read the feed to when it could not flush.
+CREATE FUNCTION untold_until(p_stale_ok interval) RETURNS timestamptz LANGUAGE sql AS $$
+    SELECT max(coalesce(died_at, CASE WHEN flushed_at < clock_timestamp() - interval '10 seconds' THEN
+        least(clock_timestamp(), flushed_at + p_stale_ok + interval '10 seconds') END))
+    FROM admission_replicas
+$$;
