@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime
+from datetime import datetime, timedelta
 from importlib.resources import files
 from typing import Any
 from uuid import UUID
@@ -78,19 +78,21 @@ class SqlLedger:
         self._claim_no = 0
         self._connection: Connection | None = None
         self._given_up: set[asyncio.Task[Any]] = set()
-        # A moment of the ledger's clock, and when it was asked for on the own one.
-        self._seen: tuple[datetime, float] | None = None
+        # A moment of the ledger's clock, how far that was ahead, and when it was asked for on the own one.
+        self._seen: tuple[datetime | None, timedelta | None, float] = (None, None, 0.0)
 
     async def exchange(self, claims: Sequence[Claim], spare: Sequence[UUID]) -> Mapping[UUID, Grant | None]:
         self._claim_no += 1
         sent_at = time.monotonic()
+        seen, ahead, asked_at = self._seen
         values = {
             **self._fixed,
             "claim_no": self._claim_no,
             "claims": json.dumps([asdict(claim) for claim in claims], default=str),
             "spare": list(spare),
-            "seen": None if self._seen is None else self._seen[0],
-            "elapsed_s": 0.0 if self._seen is None else sent_at - self._seen[1],
+            "seen": seen,
+            "ahead": ahead,
+            "elapsed_s": sent_at - asked_at,
         }
         asked = asyncio.create_task(self._ask(values))
         try:
@@ -106,7 +108,7 @@ class SqlLedger:
             raise
         rows = asked.result()
         if rows:
-            self._seen = (rows[0]["at"], sent_at)
+            self._seen = (rows[0]["at"], rows[0]["ahead"], sent_at)
         return {row["product_id"]: _grant(row) for row in rows}
 
     async def leave(self) -> None:

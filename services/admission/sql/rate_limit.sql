@@ -1,7 +1,8 @@
 -- name: claim_shares
-SELECT product_id, granted, cap, keep, reclaimable, wait_s, at
+SELECT product_id, granted, cap, keep, reclaimable, wait_s, at, ahead
 FROM claim_shares(
-    %(replica_id)s, %(claim_no)s, %(claims)s, %(spare)s, %(seen)s, make_interval(secs => %(elapsed_s)s),
+    %(replica_id)s, %(claim_no)s, %(claims)s, %(spare)s, %(seen)s, %(ahead)s,
+    make_interval(secs => %(elapsed_s)s),
     make_interval(secs => %(window_s)s), make_interval(secs => %(stale_ok_s)s), make_interval(secs => %(lease_s)s),
     make_interval(secs => %(slack_s)s))
 

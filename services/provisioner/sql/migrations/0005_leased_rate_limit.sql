@@ -60,15 +60,16 @@ $$;
 --   lasting (see rate_shares).
 -- p_spare: products of which the replica holds more than it needs; those come back, as not
 --   granted anything, for which others are short.
--- p_seen, p_elapsed: a moment of this clock that the replica was told, and the time that has passed
---   by its own monotonic clock since it asked for it.
+-- p_seen, p_ahead, p_elapsed: a moment of this clock that the replica was told, what `ahead` was then,
+--   and the time that has passed by its own monotonic clock since it asked for it.
 -- p_slack: the longest that a replica waits for an answer.
 CREATE FUNCTION claim_shares(
-    p_replica_id uuid, p_claim_no bigint, p_claims jsonb, p_spare uuid[], p_seen timestamptz, p_elapsed interval,
+    p_replica_id uuid, p_claim_no bigint, p_claims jsonb, p_spare uuid[],
+    p_seen timestamptz, p_ahead interval, p_elapsed interval,
     p_window interval, p_stale_ok interval, p_lease interval, p_slack interval
 ) RETURNS TABLE (
     product_id uuid, granted integer, cap integer, keep integer, reclaimable integer, wait_s double precision,
-    at timestamptz)
+    at timestamptz, ahead interval)
 LANGUAGE plpgsql AS $$
 #variable_conflict use_column
 DECLARE
@@ -82,14 +83,15 @@ DECLARE
     short boolean;
     since timestamptz;
 BEGIN
-    SELECT ahead INTO v_ahead FROM rate_clock;
+    SELECT c.ahead INTO v_ahead FROM rate_clock c;
     error := clock_timestamp() - v_ahead - (p_seen + p_elapsed);
-    IF greatest(error, -error) > p_slack THEN
-        -- The clock of the host was set. Once more, under the lock: another may have noticed.
-        SELECT ahead INTO v_ahead FROM rate_clock FOR UPDATE;
+    IF p_ahead = v_ahead AND greatest(error, -error) > p_slack THEN
+        -- The clock of the host was set. Once more, under the lock: another may have noticed, and then
+        -- what this replica was told says nothing, since it may have been told after the clock was set.
+        SELECT c.ahead INTO v_ahead FROM rate_clock c FOR UPDATE;
         error := clock_timestamp() - v_ahead - (p_seen + p_elapsed);
-        IF greatest(error, -error) > p_slack THEN
-            UPDATE rate_clock SET ahead = ahead + error RETURNING ahead INTO v_ahead;
+        IF p_ahead = v_ahead AND greatest(error, -error) > p_slack THEN
+            UPDATE rate_clock c SET ahead = c.ahead + error RETURNING c.ahead INTO v_ahead;
         END IF;
     END IF;
 
@@ -106,6 +108,9 @@ BEGIN
             WHERE product_id = claim.product_id AND replica_id = p_replica_id
                 AND (claim_no >= p_claim_no OR left_at IS NOT NULL));
         v_at := clock_timestamp() - v_ahead;
+        -- The clock was set while this waited for the lock; or the replica no longer waits for the answer.
+        error := v_at - (p_seen + p_elapsed);
+        CONTINUE WHEN p_ahead = v_ahead AND greatest(error, -error) > p_slack;
         -- The limit may just have been lifted; no integer is large enough for that, but this one is.
         SELECT coalesce(rate_limit_rpm, 1000000000) INTO rate_limit FROM products WHERE product_id = claim.product_id;
         DELETE FROM rate_shares
@@ -162,11 +167,12 @@ BEGIN
                 AND heard_at + i * (p_window / cardinality(lasting)) > v_at;
         END IF;
         at := v_at;
+        ahead := v_ahead;
         RETURN NEXT;
     END LOOP;
 
     RETURN QUERY
-        SELECT DISTINCT s.product_id, 0, NULL::integer, NULL::integer, NULL::integer, NULL::double precision, v.at
+        SELECT DISTINCT s.product_id, 0, NULL::integer, NULL::integer, NULL::integer, NULL::double precision, v.at, v_ahead
         FROM rate_shares s, (SELECT clock_timestamp() - v_ahead AS at) AS v
         WHERE s.product_id = ANY (p_spare) AND s.replica_id <> p_replica_id AND left_at IS NULL AND short_until > v.at;
 END
