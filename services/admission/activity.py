@@ -122,19 +122,15 @@ class ActivityLog:
 
     async def _write(self, uses: dict[UUID, _Use], denials: Counter[tuple[UUID, str]], flushed_at: datetime) -> None:
         now = time.monotonic()
-        async with self._database.transaction() as tx:
-            if uses:
-                values = {
-                    "engine_ids": list(uses),
-                    "ages_s": [now - use.admitted_at for use in uses.values()],
-                    "awake_s": [use.awake_until - now for use in uses.values()],
-                }
-                await tx.execute(_SQL["note_uses"], values)
-            if denials:
-                values = {
-                    "product_ids": [product_id for product_id, _ in denials],
-                    "reasons": [reason for _, reason in denials],
-                    "counts": list(denials.values()),
-                }
-                await tx.execute(_SQL["note_denials"], values)
-            await tx.execute(_SQL["note_flush"], {**self._replica, "flushed_at": flushed_at})
+        values = {
+            **self._replica,
+            "flushed_at": flushed_at,
+            "engine_ids": list(uses),
+            "ages_s": [now - use.admitted_at for use in uses.values()],
+            "awake_s": [use.awake_until - now for use in uses.values()],
+            "product_ids": [product_id for product_id, _ in denials],
+            "reasons": [reason for _, reason in denials],
+            "counts": list(denials.values()),
+        }
+        async with self._database.connection() as connection:
+            await connection.execute(_SQL["flush"], values)

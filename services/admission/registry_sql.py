@@ -41,16 +41,12 @@ class SqlRegistry:
 
     async def changes(self, since: str | None) -> Changes:
         async with self._database.connection() as connection:
-            # First: what was committed before this moment is in the snapshot of the second.
-            cursor = await connection.execute(SQL["clock"])
-            clock = await cursor.fetchone()
             cursor = await connection.execute(SQL["changes"], {"since": since})
             rows = await cursor.fetchall()
-        assert clock is not None
         changed = {
             row["change_id"]: (row["product_id"], row["user_id"]) for row in rows if row["change_id"] is not None
         }
-        return Changes(clock["at"], rows[0]["next"], changed)
+        return Changes(rows[0]["at"], rows[0]["next"], changed)
 
     def _to_engine(self, row: dict[str, Any]) -> Engine | UnreadableKey:
         try:

@@ -98,7 +98,7 @@ async def test_only_what_has_changed_is_forgotten(rig: Rig) -> None:
     rig.source.things = {"a": "1", "b": "2"}
     assert (await rig.memory.get("a"), await rig.memory.get("b"), await rig.memory.get("c")) == ("1", "2", None)
     rig.source.things = {"a": "3", "b": "4", "c": "5"}
-    rig.memory.forget_all(lambda thing: thing in ("1", None))
+    rig.memory.forget_all(lambda thing: thing == "1")
     assert (await rig.memory.get("a"), await rig.memory.get("b"), await rig.memory.get("c")) == ("3", "2", "5")
 
 
@@ -162,7 +162,23 @@ async def test_renewed_is_all_that_was_remembered(rig: Rig) -> None:
     await rig.memory.renew()
     rig.freshness.read(rig.now)
     assert [await rig.memory.get(key) for key in "abc"] == ["3", None, "4"]
-    assert len(rig.source.look_ups) == 4
+    # What did not exist is not renewed, but forgotten.
+    assert rig.source.look_ups[3:] == [["a", "b"], ["c"]]
+
+
+async def test_what_changes_elsewhere_while_all_is_renewed_keeps_nothing_old(rig: Rig) -> None:
+    rig.source.things = {"a": "1"}
+    await rig.memory.get("a")
+    rig.freshness.lose()
+    rig.source.things = {}
+    rig.source.gate.clear()
+    renewal = asyncio.create_task(rig.memory.renew())
+    await rig.under_way(2)
+    rig.memory.forget_all(lambda thing: thing == "another")
+    rig.source.gate.set()
+    await renewal
+    rig.freshness.read(rig.now)
+    assert await rig.memory.get("a") is None
 
 
 async def test_a_look_up_from_before_a_gap_is_not_remembered(rig: Rig) -> None:
@@ -203,6 +219,20 @@ async def test_the_least_recently_used_is_given_up_first() -> None:
     assert len(rig.source.look_ups) == 4
     await rig.memory.get("b")
     assert len(rig.source.look_ups) == 5
+
+
+async def test_whoever_asks_for_what_never_was_makes_nobodys_forgotten() -> None:
+    rig = Rig(size=3)
+    rig.source.things = {"a": "1"}
+    await rig.memory.get("a")
+    for number in range(10):
+        assert await rig.memory.get(f"stranger {number}") is None
+    look_ups = len(rig.source.look_ups)
+    assert await rig.memory.get("a") == "1"
+    assert await rig.memory.get("stranger 9") is None
+    assert len(rig.source.look_ups) == look_ups
+    assert await rig.memory.get("stranger 0") is None
+    assert len(rig.source.look_ups) == look_ups + 1
 
 
 async def test_a_failed_look_up_is_everybodys_who_waits_and_nothing_is_remembered_of_it(rig: Rig) -> None:

@@ -14,12 +14,5 @@ SELECT product_id, engine_id, user_id, status, url, encrypted_key, image, create
 FROM unnest(%(product_ids)s::uuid[], %(user_ids)s::text[]) AS wanted (product_id, user_id)
 JOIN engines USING (product_id, user_id)
 
--- name: clock
-SELECT clock_timestamp() AS at
-
 -- name: changes
--- What transactions from an id on have changed, and the id from which to ask the next time: all
--- below it have ended, and are seen by this or never. One row at least.
-SELECT pg_snapshot_xmin(pg_current_snapshot())::text AS next, change_id, product_id, user_id
-FROM (SELECT) AS one
-LEFT JOIN changes ON xact >= %(since)s::xid8
+SELECT at, next, change_id, product_id, user_id FROM read_changes(%(since)s::xid8)

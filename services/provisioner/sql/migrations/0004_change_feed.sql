@@ -66,6 +66,21 @@ CREATE TRIGGER products_changed AFTER UPDATE ON products FOR EACH ROW EXECUTE FU
 CREATE TRIGGER platform_keys_changed AFTER INSERT OR UPDATE OR DELETE ON platform_keys
     FOR EACH ROW EXECUTE FUNCTION product_changed();
 
+-- What transactions from an id on have changed, and the id from which to ask the next time: all
+-- below it have ended, and are seen by this or never. One row at least. A function that is volatile
+-- reads anew with each of its statements: what was committed before `at` is seen by the second.
+CREATE FUNCTION read_changes(p_since xid8)
+RETURNS TABLE (at timestamptz, next text, change_id bigint, product_id uuid, user_id text)
+LANGUAGE plpgsql VOLATILE AS $$
+DECLARE
+    v_at timestamptz := clock_timestamp();
+BEGIN
+    RETURN QUERY
+        SELECT v_at, pg_snapshot_xmin(pg_current_snapshot())::text, c.change_id, c.product_id, c.user_id
+        FROM (SELECT) AS one LEFT JOIN changes c ON c.xact >= p_since;
+END
+$$;
+
 -- When a replica was found to have died with admits that it had not told of. Until engines have
 -- been idle for long since then, nobody knows that they were.
 ALTER TABLE admission_replicas ADD COLUMN died_at timestamptz;
