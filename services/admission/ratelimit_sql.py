@@ -5,7 +5,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime, timedelta
+from datetime import datetime
 from importlib.resources import files
 from typing import Any
 from uuid import UUID
@@ -42,6 +42,7 @@ async def forget_replica(
     }
     async with database.connection() as connection:
         await connection.execute(_SQL["forget_replica"], values)
+        await connection.execute(_SQL["forget_numbers"])
 
 
 class SqlLedger:
@@ -78,21 +79,23 @@ class SqlLedger:
         self._claim_no = 0
         self._connection: Connection | None = None
         self._given_up: set[asyncio.Task[Any]] = set()
-        # A moment of the ledger's clock, how far that was ahead, and when it was asked for on the own one.
-        self._seen: tuple[datetime | None, timedelta | None, float] = (None, None, 0.0)
+        # A moment of the ledger's clock, how often that was set, and when it was asked for on the own one.
+        self._seen: tuple[datetime | None, int | None, float] = (None, None, 0.0)
+        self._watched_from = 0.0
 
     async def exchange(self, claims: Sequence[Claim], spare: Sequence[UUID]) -> Mapping[UUID, Grant | None]:
         self._claim_no += 1
         sent_at = time.monotonic()
-        seen, ahead, asked_at = self._seen
+        seen, step, asked_at = self._seen
         values = {
             **self._fixed,
             "claim_no": self._claim_no,
             "claims": json.dumps([asdict(claim) for claim in claims], default=str),
             "spare": list(spare),
             "seen": seen,
-            "ahead": ahead,
+            "step": step,
             "elapsed_s": sent_at - asked_at,
+            "watched_s": sent_at - self._watched_from,
         }
         asked = asyncio.create_task(self._ask(values))
         try:
@@ -107,8 +110,11 @@ class SqlLedger:
             asked.cancel()
             raise
         rows = asked.result()
-        if rows:
-            self._seen = (rows[0]["at"], rows[0]["ahead"], sent_at)
+        if rows and rows[-1]["product_id"] is None:
+            moment = rows.pop()
+            if moment["step"] != step:
+                self._watched_from = time.monotonic()
+            self._seen = (moment["at"], moment["step"], sent_at)
         return {row["product_id"]: _grant(row) for row in rows}
 
     async def leave(self) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from importlib.resources import files
@@ -17,6 +18,7 @@ from psycopg.rows import dict_row
 from services.admission.ratelimit_ledger import Claim
 from services.provisioner.store.migrations import migrate
 from services.shared import queries
+from tests.harness import DEADLINE_S, eventually
 from tests.rate_ledger import Ledger
 
 # All moments are multiples of 1/64 s, and so exact on both sides.
@@ -117,13 +119,15 @@ async def test_both_ledgers_answer_alike(
                 "claim_no": claim_no,
                 "claims": json.dumps([asdict(claim)], default=str),
                 "spare": [],
-                "seen": None,
-                "ahead": None,
+                "seen": EPOCH + timedelta(seconds=at),
+                "step": 0,
                 "elapsed_s": 0,
+                "watched_s": 1000,
             }
             row = connection.execute(SQL["claim_shares"], values).fetchone()
-            if row is None or expected is None:
-                assert row is None
+            assert row is not None
+            if row["product_id"] is None or expected is None:
+                assert row["product_id"] is None
                 assert expected is None
                 refused += 1
                 continue
@@ -135,35 +139,152 @@ async def test_both_ledgers_answer_alike(
     assert refused
 
 
-async def test_who_was_told_a_moment_after_the_clock_was_set_does_not_set_it_back(
-    connection: psycopg.Connection[dict[str, Any]], product_id: UUID
-) -> None:
-    old, new = uuid4(), uuid4()
-    numbers = count(1)
+class Replica:
+    """Of `SqlLedger` what it says: a claim that binds it to what it was granted, and what it was told before.
 
-    def told(replica_id: UUID, known: dict[str, Any] | None) -> dict[str, Any]:
-        """What a replica is told that knows what it was told, a moment ago."""
-        values: dict[str, Any] = {
-            "replica_id": replica_id,
-            "claim_no": next(numbers),
-            "claims": json.dumps([asdict(Claim(product_id, 0, 1, 0, [0] * 60))], default=str),
+    All on the clock that is turned by hand, and on one that is not set, `elapsed_s`.
+    """
+
+    def __init__(self, connection: psycopg.Connection[dict[str, Any]], product_id: UUID) -> None:
+        self.replica_id = uuid4()
+        self.share = 0
+        self.told: dict[str, Any] = {"at": None, "step": None}
+        self._connection = connection
+        self._product_id = product_id
+        self._numbers = count(1)
+
+    def values(self, need: int, *, elapsed_s: float = 0, watched_s: float = 0) -> dict[str, Any]:
+        claim = Claim(self._product_id, self.share, need, 0, [self.share] * 60)
+        return {
+            "replica_id": self.replica_id,
+            "claim_no": next(self._numbers),
+            "claims": json.dumps([asdict(claim)], default=str),
             "spare": [],
-            "seen": known and known["at"],
-            "ahead": known and known["ahead"],
-            "elapsed_s": 0,
+            "seen": self.told["at"],
+            "step": self.told["step"],
+            "elapsed_s": elapsed_s,
+            "watched_s": watched_s,
             "window_s": WINDOW_S,
             "stale_ok_s": STALE_OK_S,
             "lease_s": LEASE_S,
             "slack_s": ANSWER_S,
         }
-        row = connection.execute(SQL["claim_shares"], values).fetchone()
-        assert row is not None
-        return row
 
-    first = told(old, None)
-    connection.execute("UPDATE turned.clock SET at = at - interval '2 h'")
-    wrong = told(new, None)
-    assert wrong["at"] == first["at"] - timedelta(hours=2)
-    assert told(old, first)["at"] == first["at"]
-    assert told(new, wrong)["at"] == first["at"]
-    assert told(old, first | {"ahead": timedelta(hours=-2)})["at"] == first["at"]
+    def claims(self, need: int, *, elapsed_s: float = 0, watched_s: float = 0) -> None:
+        values = self.values(need, elapsed_s=elapsed_s, watched_s=watched_s)
+        *grants, self.told = self._connection.execute(SQL["claim_shares"], values).fetchall()
+        self.share += sum(grant["granted"] for grant in grants)
+
+
+def turn(connection: psycopg.Connection[dict[str, Any]], **by: float) -> None:
+    connection.execute("UPDATE turned.clock SET at = at + %s", [timedelta(**by)])
+
+
+async def test_who_was_told_a_moment_after_the_clock_was_set_does_not_set_it_back(
+    connection: psycopg.Connection[dict[str, Any]], product_id: UUID
+) -> None:
+    old, new = Replica(connection, product_id), Replica(connection, product_id)
+    old.claims(1)
+    first = old.told
+    turn(connection, hours=-2)
+    new.claims(1)
+    assert new.told["at"] == first["at"] - timedelta(hours=2)
+    for replica in (old, new, old, new):
+        replica.claims(1)
+        assert replica.told["at"] == first["at"]
+        assert replica.told["step"] == first["step"] + 1
+
+
+@pytest.mark.parametrize("hours", [1, -1])
+async def test_whoever_asks_first_after_the_clock_was_set_nobody_loses_a_share_to_another(
+    connection: psycopg.Connection[dict[str, Any]], product_id: UUID, hours: int
+) -> None:
+    """The limit is 50."""
+    old, new = Replica(connection, product_id), Replica(connection, product_id)
+    old.claims(40)
+    turn(connection, hours=hours)
+    for _ in range(3):
+        new.claims(50)
+    assert (old.share, new.share) == (40, 10)
+    # Which corrects the clock.
+    for watched_s in (STALE_OK_S + WINDOW_S + ANSWER_S, 0, 0):
+        old.claims(50, watched_s=watched_s)
+    assert (old.share, new.share) == (40, 10)
+
+
+async def test_a_share_that_is_not_heard_of_ends_once_it_was_watched_for_as_long_as_it_holds(
+    connection: psycopg.Connection[dict[str, Any]], product_id: UUID
+) -> None:
+    lost, other = Replica(connection, product_id), Replica(connection, product_id)
+    lost.claims(50)
+    other.claims(50)
+    holds_s = STALE_OK_S + WINDOW_S + ANSWER_S
+    turn(connection, seconds=holds_s)
+    other.claims(50, elapsed_s=holds_s, watched_s=holds_s - 1)
+    assert other.share == 0
+    other.claims(50, watched_s=holds_s)
+    assert other.share == 50
+
+
+async def test_a_statement_that_comes_after_a_later_one_does_not_set_the_clock(
+    connection: psycopg.Connection[dict[str, Any]], product_id: UUID
+) -> None:
+    replica = Replica(connection, product_id)
+    replica.claims(1)
+    late = replica.values(1)
+    replica.claims(1)
+    turn(connection, seconds=2.5)
+    assert connection.execute(SQL["claim_shares"], late).fetchall() == []
+    row = connection.execute("SELECT ahead, step FROM rate_clock").fetchone()
+    assert row == {"ahead": timedelta(0), "step": 0}
+
+
+async def test_all_that_the_share_of_a_dead_one_allowed_counts_if_the_clock_was_set_meanwhile(
+    connection: psycopg.Connection[dict[str, Any]], product_id: UUID
+) -> None:
+    dead, other = Replica(connection, product_id), Replica(connection, product_id)
+    other.claims(0)
+    turn(connection, hours=-1)
+    dead.claims(50)
+    connection.execute(
+        SQL["forget_replica"],
+        {"replica_id": dead.replica_id, "window_s": WINDOW_S, "promised_s": PROMISED_S, "error_s": 2 * ANSWER_S},
+    )
+    held = other.share
+    other.claims(50)
+    assert other.share == held
+    turn(connection, seconds=WINDOW_S + 2 * ANSWER_S)
+    other.claims(50, elapsed_s=WINDOW_S + 2 * ANSWER_S)
+    assert other.share == 50
+
+
+@pytest.mark.parametrize("ending", ["forget_replica", "leave"])
+async def test_the_shares_of_one_that_ends_are_locked_in_the_order_of_claims(
+    connection: psycopg.Connection[dict[str, Any]], product_id: UUID, database_url: str, ending: str
+) -> None:
+    first, second = sorted((uuid4(), uuid4()))
+    replica_id = uuid4()
+    # As they lie in the table, the other way round.
+    for product in (second, first):
+        connection.execute(
+            "INSERT INTO products (product_id, slug, max_engines, allowed_images) VALUES (%s, %s, 1, '{}')",
+            [product, str(product)],
+        )
+        connection.execute("INSERT INTO rate_limiters (product_id) VALUES (%s)", [product])
+        connection.execute(
+            "INSERT INTO rate_shares (product_id, replica_id, share, need, unknown, lasting, heard_at, until)"
+            " VALUES (%s, %s, 1, 1, 1, '{1}', now(), now())",
+            [product, replica_id],
+        )
+    lock = "SELECT FROM rate_shares WHERE product_id = %s FOR UPDATE NOWAIT"
+    values = {"replica_id": replica_id, "window_s": WINDOW_S, "promised_s": PROMISED_S, "error_s": 2 * ANSWER_S}
+    with psycopg.connect(database_url) as claiming, ThreadPoolExecutor() as threads:
+        claiming.execute(lock, [first])
+        ended = threads.submit(connection.execute, SQL[ending], values)
+        with psycopg.connect(database_url, autocommit=True) as watching:
+            eventually(
+                lambda: watching.execute("SELECT FROM pg_locks WHERE NOT granted").fetchone() is not None, "it waits"
+            )
+        claiming.execute(lock, [second])
+        claiming.rollback()
+        ended.result(DEADLINE_S)
