@@ -17,6 +17,8 @@ if others are short, and while they stay short nobody uses more than an even par
 import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
+from math import inf
 from typing import Protocol
 from uuid import UUID
 
@@ -32,6 +34,10 @@ log = structlog.get_logger(__name__)
 
 # How long a call waits for what others give up: till they have noticed, and it has asked again.
 _RECLAIMING_LEASES = 3
+# Without an admit in the past window, the ledger is asked this seldom whether others are short.
+_RESTING_LEASES = 3
+# So many unused shares are claimed anew at once, which does not keep others waiting for their locks.
+_RENEWED_AT_ONCE = 500
 
 
 class Limiter(Protocol):
@@ -82,6 +88,7 @@ class LeasedLimiter:
         self._waiting: dict[UUID, Share] = {}
         self._asked = Pulse()
         self._reachable = True
+        self._rests_until = -inf
 
     def take_now(self, product: Product) -> bool:
         limit = product.rate_limit_rpm
@@ -141,12 +148,16 @@ class LeasedLimiter:
         """Claims what is needed of late, gives back what isn't, and tries again if the ledger was out of reach."""
         now = self._clock()
         self._asking()
-        claims = {s: s.claim(now, promised=self._reachable) for s in self._shares.values() if s.due(now)}
-        spare = [share.product_id for share in self._shares.values() if share.spare and share not in claims]
-        for share in self._shares.values():
+        shares = self._shares.values()
+        due = dict.fromkeys(share for share in shares if share.due(now))
+        if self._reachable:
+            due |= dict.fromkeys(islice((share for share in shares if share.aged(now)), _RENEWED_AT_ONCE))
+        claims = {share: share.claim(now, promised=self._reachable) for share in due}
+        for share in shares:
             share.lapse()
-        if claims or spare or not self._reachable:
-            await self._exchange(claims, spare)
+        if claims or now >= self._rests_until or not self._reachable or any(share.count for share in shares):
+            self._rests_until = now + _RESTING_LEASES * self._lease_s
+            await self._exchange(claims, [share.product_id for share in shares if share.spare and share not in claims])
         for share in [share for share in claims if share.empty]:
             del self._shares[share.product_id]
 

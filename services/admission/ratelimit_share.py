@@ -23,6 +23,9 @@ _RESOLUTION = 1 / 1000
 _SLOTS = 60
 # A promise covers this many leases, one of which may be missed.
 _PROMISED_LEASES = 2
+# A share that is not used is claimed anew after this part of the time that it holds without the
+# ledger, so that it holds for nearly all of that time whenever the ledger is lost.
+_RENEWED_AFTER = 1 / 30
 
 
 @dataclass(slots=True)
@@ -69,7 +72,7 @@ class Share:
         self._stale_ok_s = stale_ok_s
         self._promised_s = promised_s
         self._admits: deque[_Admits] = deque()
-        self._count = 0
+        self.count = 0
         self._bound = 0
         self._cap = 0
         self._keep = 0
@@ -83,9 +86,9 @@ class Share:
 
     def take(self, now: float) -> bool:
         """Takes one token, if there is one that needs no asking."""
-        if self._count >= self._usable:
+        if self.count >= self._usable:
             self._forget(now)
-            if self._count >= self._usable:
+            if self.count >= self._usable:
                 return False
         if now >= self._trusted_until:
             return False
@@ -98,14 +101,15 @@ class Share:
             self._admits[-1].n += 1
         else:
             self._admits.append(_Admits(now, now, 1))
-        self._count += 1
+        self.count += 1
         self._recent += 1
         return True
 
     def limited(self, limit: int) -> None:
-        """The product's limit is another now: nothing more before the ledger has been asked."""
+        """The product's limit is another now: a lower one the others may have used up, so the ledger is asked first."""
+        if limit < self.limit:
+            self._cap = self._usable = 0
         self.limit = limit
-        self._cap = self._usable = 0
         self.ask_at = -inf
 
     def contended(self) -> None:
@@ -115,11 +119,11 @@ class Share:
     def full(self, now: float) -> bool:
         """Whether this replica alone has used up the limit."""
         self._forget(now)
-        return self._count >= self.limit
+        return self.count >= self.limit
 
     def below_at(self, n: int) -> float:
         """When fewer than `n` admits are in the window, if none is added."""
-        leaving = self._count - n + 1
+        leaving = self.count - n + 1
         for admits in self._admits:
             leaving -= admits.n
             if leaving <= 0:
@@ -135,7 +139,7 @@ class Share:
 
     @property
     def spare(self) -> bool:
-        return self._keep > 0 and self._bound > self._count
+        return self._keep > 0 and self._bound > self.count
 
     @property
     def empty(self) -> bool:
@@ -145,6 +149,10 @@ class Share:
         """Whether the ledger is to hear of it at the end of a lease."""
         self._forget(now)
         return bool(self.waiters or self._recent or self.refused) or self._bound > self._wanted()
+
+    def aged(self, now: float) -> bool:
+        """Whether it is to be claimed anew although it is not used."""
+        return self._bound > 0 and now >= self._trusted_until - (1 - _RENEWED_AFTER) * self._stale_ok_s
 
     def lapse(self) -> None:
         """A lease has ended: what is needed is measured anew."""
@@ -160,16 +168,16 @@ class Share:
         """
         self._forget(now)
         if now >= self._trusted_until:
-            self._bound = self._count
+            self._bound = self.count
         if promised:
-            self._bound = max(self._count, min(self._bound, self._wanted()))
+            self._bound = max(self.count, min(self._bound, self._wanted()))
         return self._bound_claim(now, self._need(), promised=promised)
 
     def leave(self, now: float) -> Claim:
         """Ends: no more admits."""
         self._forget(now)
-        self._bound, self._usable, self._cap = self._count, 0, 0
-        return Claim(self.product_id, self._count, self._count, 0, self._lasting(now))
+        self._bound, self._usable, self._cap = self.count, 0, 0
+        return Claim(self.product_id, self.count, self.count, 0, self._lasting(now))
 
     def settle(self, claim: Claim, grant: Grant, limit: int, sent_at: float, now: float) -> None:
         """Takes in the answer to its last claim.
@@ -201,8 +209,8 @@ class Share:
         promise = None
         self._unanswered = 0
         if promised:
-            leaving = self._count - self._still(now + _PROMISED_LEASES * self._lease_s)
-            promise = self._bound - self._count + leaving
+            leaving = self.count - self._still(now + _PROMISED_LEASES * self._lease_s)
+            promise = self._bound - self.count + leaving
             if now < self._promised_until:
                 # The claim may be lost: until it is answered, the last promise holds as well.
                 self._unanswered = max(promise - self._promise, 0)
@@ -216,7 +224,7 @@ class Share:
         recent = max(self._recent, self._recent_before)
         headroom = 2 * recent if recent > 1 else 0
         waiting = sum(not waiter.token.done() for waiter in self.waiters)
-        return self._count + waiting + max(headroom, self.refused)
+        return self.count + waiting + max(headroom, self.refused)
 
     def _wanted(self) -> int:
         return min(self._cap, max(self._need(), self._keep))
@@ -225,7 +233,7 @@ class Share:
         """Lets go of what has left the window."""
         admits = self._admits
         while admits and admits[0].last_at + self._window_s <= now:
-            self._count -= admits.popleft().n
+            self.count -= admits.popleft().n
 
     def _still(self, moment: float) -> int:
         """Admits that are still in the window at a moment to come."""

@@ -110,6 +110,16 @@ def test_a_lower_limit_admits_nobody_until_the_ledger_has_answered_to_it() -> No
     assert not mine.take(0.7)
 
 
+def test_a_higher_limit_keeps_nobody_waiting() -> None:
+    mine, shares = share(10), ledger(10)
+    exchange(shares, mine, 0)
+    shares.limit = 20
+    mine.limited(20)
+    assert taken(mine, 0.1) == 5
+    exchange(shares, mine, 0.2, needs=20)
+    assert taken(mine, 0.3) == 15
+
+
 def test_while_nobody_is_short_half_of_the_limit_is_spread_for_the_time_without_a_ledger() -> None:
     replicas, shares = [share(60) for _ in range(3)], ledger(60)
     for now in (0.0, 0.3, 0.6):

@@ -45,6 +45,34 @@ class Asked:
         self._ledger.leave("mine", time.monotonic())
 
 
+class Clock:
+    """Turned by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def ticks(limiter: LeasedLimiter, clock: Clock, seconds: float) -> None:
+    """So long in which nobody calls."""
+    for _ in range(round(seconds / LEASE_S)):
+        clock.now += LEASE_S
+        await limiter.tick()
+
+
+async def used_once(ledger: Asked, clock: Clock) -> LeasedLimiter:
+    """A limiter that has a reserve of a product that was used once, a window ago."""
+    mine = LeasedLimiter(ledger, stale_ok_s=STALE_OK_S, clock=clock)
+    call = asyncio.create_task(mine.take(PRODUCT))
+    await asyncio.sleep(0)
+    await mine.tick()
+    await call
+    await ticks(mine, clock, WINDOW_S + 1)
+    return mine
+
+
 @asynccontextmanager
 async def limiter(ledger: Asked) -> AsyncIterator[LeasedLimiter]:
     """Whose clock stands still, so that no lease ends."""
@@ -104,3 +132,23 @@ async def test_what_is_not_needed_is_given_back_at_the_end() -> None:
         await mine.take(PRODUCT)
     await mine.close()
     assert [(claim.bound, claim.need, claim.promise) for claim in ledger.exchanges[-1]] == [(1, 1, 0)]
+
+
+async def test_a_product_that_was_idle_for_long_goes_on_without_the_ledger() -> None:
+    ledger, clock = Asked(), Clock()
+    mine = await used_once(ledger, clock)
+    await ticks(mine, clock, 1.5 * STALE_OK_S)
+    ledger.reachable = False
+    await ticks(mine, clock, 0.8 * STALE_OK_S)
+    assert mine.take_now(PRODUCT)
+
+
+async def test_a_replica_without_calls_rests() -> None:
+    ledger, clock = Asked(), Clock()
+    mine = await used_once(ledger, clock)
+    before = len(ledger.exchanges)
+    await ticks(mine, clock, 30)
+    exchanges = ledger.exchanges[before:]
+    # Once in 0.9 s, to hear whether others are short; and a claim once in 3.3 s.
+    assert 20 < len(exchanges) < 45
+    assert 8 <= sum(bool(claims) for claims in exchanges) <= 10

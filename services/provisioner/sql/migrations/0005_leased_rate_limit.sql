@@ -230,8 +230,8 @@ BEGIN
     SELECT p_limit - coalesce(sum(share_at(s, at - ahead, sure_from, p_window, interval '1 s')), 0) INTO p_limit
         FROM rate_shares s, rate_clock
         WHERE product_id = p_product_id
-            -- An hour is longer than any share holds.
-            AND (left_at IS NOT NULL OR greatest(until, sure_from + interval '1 h') > at - ahead);
+            -- Two days are longer than any share holds.
+            AND (left_at IS NOT NULL OR greatest(until, sure_from + interval '2 days') > at - ahead);
     IF p_limit <= 0 THEN
         RETURN 1;
     END IF;
