@@ -31,6 +31,14 @@ async def admit(clients: Clients, product: Product, user_id: str = "u1", **flags
 
 def set_status(registry: Platform, engine_id: str, status: str) -> None:
     registry.query("UPDATE engines SET status = %s WHERE engine_id = %s", status, engine_id)
+    known(registry)
+
+
+def known(registry: Platform) -> None:
+    """Waits until every Admission knows what the registry holds now."""
+    [(now,)] = registry.query("SELECT clock_timestamp()")
+    unknowing = "SELECT 1 FROM admission_replicas WHERE died_at IS NULL AND flushed_at <= %s"
+    eventually(lambda: not registry.query(unknowing, now), "every replica has read the feed")
 
 
 def queue(registry: Platform, engine_id: str, kind: str, after_s: float = 0) -> None:
@@ -44,6 +52,7 @@ def queue(registry: Platform, engine_id: str, kind: str, after_s: float = 0) -> 
         after_s,
         engine_id,
     )
+    known(registry)
 
 
 def process_of(registry: Platform, engine_id: str) -> psutil.Process:
@@ -132,7 +141,7 @@ async def test_a_failed_engine_is_unhealthy_between_restarts_and_joined_within_o
     set_status(registry, engine.engine_id, "failed")
     assert (await admit(clients, product, auto_wake=True)).reason == REASON.engine_unhealthy
 
-    queue(registry, engine.engine_id, "start", after_s=0.5)
+    queue(registry, engine.engine_id, "start", after_s=3)
     joined = await admit(clients, product)
     assert joined.engine.status == STATUS.running
     assert joined.engine.engine_id == engine.engine_id
@@ -142,7 +151,7 @@ async def test_an_engine_being_destroyed_is_not_found_or_waited_out(clients: Cli
     product = await clients.register()
     engine = (await admit(clients, product, auto_provision=True)).engine
     set_status(registry, engine.engine_id, "destroying")
-    queue(registry, engine.engine_id, "destroy", after_s=1)
+    queue(registry, engine.engine_id, "destroy", after_s=3)
 
     assert (await admit(clients, product, auto_wake=True)).reason == REASON.engine_not_found
     anew = await admit(clients, product, auto_provision=True)
