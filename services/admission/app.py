@@ -87,9 +87,7 @@ async def core(settings: AdmissionSettings) -> AsyncIterator[AdmissionCalls]:
             await activity.bury(dead)
             await forget_replica(database, dead)
 
-        for dead in replica.dead(replicas):
-            await bury(dead)
-            replica.forget(replicas, dead)
+        await replica.bury_dead(replicas, bury)
         await activity.open()
         stack.push_async_callback(activity.close)
         ledger = SqlLedger(database, replica_id, stale_ok_s=settings.stale_ok_s)

@@ -64,7 +64,7 @@ class Freshness:
 class Found(Generic[V]):
     """What a look-up has found; of itself it counts `until` a moment on the clock."""
 
-    value: V | None
+    value: V
     until: float = float("inf")
 
 
@@ -103,7 +103,7 @@ class Memory(Generic[K, V]):
         self._lasting = lasting
         self._size = size
         self._remembered: OrderedDict[K, Found[V]] = OrderedDict()
-        self._absent: OrderedDict[K, Found[V]] = OrderedDict()
+        self._absent: OrderedDict[K, None] = OrderedDict()
         self._missed: dict[K, asyncio.Future[None]] = {}
         self._under_way: list[_LookUp[K]] = []
         self._learner: asyncio.Task[None] | None = None
@@ -132,7 +132,7 @@ class Memory(Generic[K, V]):
 
     def forget_all(self, changed: Callable[[V], bool]) -> None:
         """All has changed for which this holds, and what did not exist may; takes a look at each."""
-        for key in [key for key, found in self._remembered.items() if found.value is None or changed(found.value)]:
+        for key in [key for key, found in self._remembered.items() if changed(found.value)]:
             del self._remembered[key]
         self._absent.clear()
         for look_up in self._under_way:
@@ -156,7 +156,7 @@ class Memory(Generic[K, V]):
         fresh = self._freshness
         if fresh.clock() >= known.until:
             return False
-        return fresh.vouches() or (known.value is not None and self._lasting(known.value) and fresh.stale_ok())
+        return fresh.vouches() or (self._lasting(known.value) and fresh.stale_ok())
 
     async def _learn(self, key: K) -> None:
         """Returns once the key was looked up, be it in vain because it has changed meanwhile."""
@@ -179,7 +179,7 @@ class Memory(Generic[K, V]):
         try:
             while self._missed:
                 keys = list(self._missed)[:_MAX_BATCH]
-                found: Mapping[K, Found[V] | Exception]
+                found: Mapping[K, Found[V] | Exception | None]
                 try:
                     found = await self._looked_up(keys)
                 except Exception as error:  # noqa: BLE001 - raised where it is waited for
@@ -193,7 +193,7 @@ class Memory(Generic[K, V]):
         finally:
             self._learner = None
 
-    async def _looked_up(self, keys: Sequence[K]) -> Mapping[K, Found[V] | Exception]:
+    async def _looked_up(self, keys: Sequence[K]) -> Mapping[K, Found[V] | Exception | None]:
         """Looks keys up and remembers what it finds; what has changed meanwhile is left to the next."""
         look_up = _LookUp(keys)
         self._under_way.append(look_up)
@@ -204,16 +204,19 @@ class Memory(Generic[K, V]):
             raise Unavailable("the registry did not answer in time") from error
         finally:
             self._under_way.remove(look_up)
-        nothing: Found[V] = Found(None)
-        found = {key: answer.get(key, nothing) for key in keys}
+        found = {key: answer.get(key) for key in keys}
         for key, one in found.items():
             # What was known before the look-up is out of date as well.
             self._drop(key)
-            if key not in look_up.outdated and not isinstance(one, Exception):
-                memory = self._absent if one.value is None else self._remembered
-                memory[key] = one
-                if len(memory) > self._size:
-                    memory.popitem(last=False)
+            if key in look_up.outdated:
+                continue
+            if one is None:
+                self._absent[key] = None
+            elif isinstance(one, Found):
+                self._remembered[key] = one
+        for memory in (self._absent, self._remembered):
+            while len(memory) > self._size:
+                memory.popitem(last=False)
         return found
 
     def _drop(self, key: K) -> None:

@@ -41,13 +41,6 @@ _RENEWED_AT_ONCE = 500
 
 
 class Limiter(Protocol):
-    def take_now(self, product: Product) -> bool:
-        """Takes a token that is at hand; false if the registry has to be asked for it. Never waits.
-
-        Raises:
-            RateLimited: as far as is known none is left; says after how many seconds one is.
-        """
-
     async def take(self, product: Product) -> None:
         """Takes one token of the product's.
 
@@ -91,6 +84,11 @@ class LeasedLimiter:
         self._rests_until = -inf
 
     def take_now(self, product: Product) -> bool:
+        """Takes a token that is at hand; false if the registry has to be asked for it. Never waits.
+
+        Raises:
+            RateLimited: as far as is known none is left; says after how many seconds one is.
+        """
         limit = product.rate_limit_rpm
         if limit is None:
             return True

@@ -53,6 +53,17 @@ def forget(directory: Path, replica_id: UUID) -> None:
     (directory / str(replica_id)).unlink(missing_ok=True)
 
 
+async def bury_dead(directory: Path, bury: Callable[[UUID], Awaitable[None]]) -> None:
+    """Buries those that have ended, and forgets them.
+
+    Raises:
+        Unavailable: they have to be buried another time.
+    """
+    for replica_id in dead(directory):
+        await bury(replica_id)
+        forget(directory, replica_id)
+
+
 async def watch(directory: Path, bury: Callable[[UUID], Awaitable[None]], *, interval_s: float = INTERVAL_S) -> None:
     """Buries whoever dies, soon after: what is held for the dead, nobody else can use.
 
@@ -63,7 +74,5 @@ async def watch(directory: Path, bury: Callable[[UUID], Awaitable[None]], *, int
     """
     while True:
         await asyncio.sleep(interval_s)
-        for replica_id in dead(directory):
-            with suppress(Unavailable):
-                await bury(replica_id)
-                forget(directory, replica_id)
+        with suppress(Unavailable):
+            await bury_dead(directory, bury)

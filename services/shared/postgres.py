@@ -109,9 +109,7 @@ class Database:
         """
         while True:
             with suppress(psycopg.Error):
-                async with await psycopg.AsyncConnection.connect(
-                    self._url, autocommit=True, **self._parameters
-                ) as connection:
+                async with await self.connect() as connection:
                     await connection.execute(psycopg.sql.SQL("LISTEN {}").format(psycopg.sql.Identifier(channel)))
                     heard("")
                     async for notification in connection.notifies():

@@ -5,7 +5,7 @@ Locks are taken in the order idempotency key, product, engine, operation.
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 from uuid import UUID, uuid4
 from weakref import WeakValueDictionary
@@ -120,16 +120,16 @@ class IntentStore:
         Raises:
             PolicyDenied, QuotaExceeded, PortExhaustion: as for `provision`.
         """
-        async with nullcontext() if newborn is None else self.turn(product_id), self._database.transaction() as tx:
-            while True:
+        while True:
+            async with self._database.transaction() as tx:
                 engine = await _lock_engine_of_user(tx, product_id, user_id)
                 if engine is not None:
                     return await self._ensure(tx, engine, actor, may_provision=newborn is not None, wake=auto_wake)
-                if newborn is None:
-                    return DenialReason.ENGINE_NOT_FOUND
-                # Another call may be first while this one waits for the product's lock.
-                with suppress(EngineAlreadyExists):
-                    return await self._provision(tx, product_id, user_id, newborn, actor)
+            if newborn is None:
+                return DenialReason.ENGINE_NOT_FOUND
+            # Another call may be first while this one waits for its turn.
+            with suppress(EngineAlreadyExists):
+                return await self.provision(product_id, user_id, newborn, actor)
 
     async def _ensure(
         self, tx: Connection, engine: Engine, actor: str, *, may_provision: bool, wake: bool
