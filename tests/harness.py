@@ -164,6 +164,19 @@ class Platform:
             "volumes": len([d for d in directories.iterdir() if d.is_dir()]) if directories.exists() else 0,
         }
 
+    def replicas_know(self) -> None:
+        """Waits until every Admission knows what the registry holds now."""
+        [(now,)] = self.query("SELECT clock_timestamp()")
+        unknowing = "SELECT 1 FROM admission_replicas WHERE died_at IS NULL AND flushed_at <= %s"
+        eventually(lambda: not self.query(unknowing, now), "every replica has read the feed")
+
+    def lose_notifications(self) -> None:
+        """From now on no notification of a change comes through."""
+        self.query(
+            "CREATE OR REPLACE FUNCTION note_change(p_product_id uuid, p_user_id text) RETURNS void LANGUAGE sql AS"
+            " 'INSERT INTO changes (product_id, user_id) VALUES (p_product_id, p_user_id)'"
+        )
+
     def open_operations(self) -> int:
         return int(self.query("SELECT count(*) FROM operations WHERE finished_at IS NULL")[0][0])
 

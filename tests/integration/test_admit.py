@@ -31,14 +31,7 @@ async def admit(clients: Clients, product: Product, user_id: str = "u1", **flags
 
 def set_status(registry: Platform, engine_id: str, status: str) -> None:
     registry.query("UPDATE engines SET status = %s WHERE engine_id = %s", status, engine_id)
-    known(registry)
-
-
-def known(registry: Platform) -> None:
-    """Waits until every Admission knows what the registry holds now."""
-    [(now,)] = registry.query("SELECT clock_timestamp()")
-    unknowing = "SELECT 1 FROM admission_replicas WHERE died_at IS NULL AND flushed_at <= %s"
-    eventually(lambda: not registry.query(unknowing, now), "every replica has read the feed")
+    registry.replicas_know()
 
 
 def queue(registry: Platform, engine_id: str, kind: str, after_s: float = 0) -> None:
@@ -52,7 +45,7 @@ def queue(registry: Platform, engine_id: str, kind: str, after_s: float = 0) -> 
         after_s,
         engine_id,
     )
-    known(registry)
+    registry.replicas_know()
 
 
 def process_of(registry: Platform, engine_id: str) -> psutil.Process:

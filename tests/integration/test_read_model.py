@@ -32,14 +32,6 @@ REASON = denial_pb2.Denial.Reason
 OLDEST_S = 5.0
 
 
-def mute(platform: Platform) -> None:
-    """From now on no notification of a change comes through."""
-    platform.query(
-        "CREATE OR REPLACE FUNCTION note_change(p_product_id uuid, p_user_id text) RETURNS void LANGUAGE sql AS"
-        " 'INSERT INTO changes (product_id, user_id) VALUES (p_product_id, p_user_id)'"
-    )
-
-
 @contextmanager
 def gone(platform: Platform) -> Iterator[psycopg.Connection[Any]]:
     """PostgreSQL serves this database to nobody within the block, but for the connection that it gives."""
@@ -88,6 +80,8 @@ async def known(platform: Platform, connect: Connect) -> Known:
     clients = connect(platform, provisioner, platform.admission(provisioner), platform.admission(provisioner))
     known = Known(clients, await clients.register())
     assert (await known.user.admit(auto_provision=True)).admitted
+    # What they know of its boot they forget once more when they read the feed.
+    await asyncio.to_thread(platform.replicas_know)
     assert await known.answers() == {"admitted"}
     return known
 
@@ -127,19 +121,19 @@ async def test_a_change_is_known_within_seconds(
     known: Known, platform: Platform, change: Callable[[Known], Awaitable[str]], *, notified: bool
 ) -> None:
     if not notified:
-        mute(platform)
+        platform.lose_notifications()
     answer = await change(known)
     await known.within(OLDEST_S, answer)
 
 
 async def test_once_an_engine_is_put_to_sleep_nobody_admits_to_it(known: Known, platform: Platform) -> None:
-    mute(platform)
+    platform.lose_notifications()
     await known.user.sleep()
     assert await known.answers() == {"engine_sleeping"}
 
 
 async def test_an_engine_that_is_made_by_another_call_is_found_in_time(known: Known, platform: Platform) -> None:
-    mute(platform)
+    platform.lose_notifications()
     other = Known(known.clients, known.user.product)
     other.user.user_id = "other"
     assert await other.answers() == {"engine_not_found"}
@@ -155,6 +149,8 @@ async def test_without_the_registry_running_engines_are_admitted_to_and_nobody_w
     clients = connect(platform, provisioner, *admissions)
     known = Known(clients, await clients.register())
     assert (await known.user.admit(auto_provision=True)).admitted
+    # What they know of its boot they forget once more when they read the feed.
+    await asyncio.to_thread(platform.replicas_know)
     assert await known.answers() == {"admitted"}
     stranger = Known(clients, known.user.product)
     stranger.user.user_id = "stranger"
