@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 import structlog
 
 from services.admission.settings import AdmissionSettings
+from services.shared import children
 from services.shared.errors import Unavailable
 from services.shared.grpc_server import AddressTaken
 from services.shared.service import background
@@ -84,16 +85,9 @@ class _Worker:
         Raises:
             Unavailable: it ended instead.
         """
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "services.shared.child", str(os.getpid())),
-            *(sys.executable, "-m", "services.admission", WORKER),
-            env=self._environment,
-            stdin=asyncio.subprocess.DEVNULL,
-            # It says one line, when it serves.
-            stdout=asyncio.subprocess.PIPE,
-            # Ctrl-C is for the parent, which ends it.
-            start_new_session=True,
-        )
+        command = (sys.executable, "-m", "services.admission", WORKER)
+        # It says one line, when it serves.
+        self._process = await children.start(*command, environment=self._environment, stdout=asyncio.subprocess.PIPE)
         assert self._process.stdout is not None
         if not await self._process.stdout.readline():
             raise Unavailable("a worker ended before it served")
@@ -111,16 +105,8 @@ class _Worker:
             await asyncio.sleep(_PAUSE_S)
 
     async def stop(self) -> None:
-        if self._process is None or self._process.returncode is not None:
-            return
-        with suppress(ProcessLookupError):
-            self._process.terminate()
-        try:
-            async with asyncio.timeout(_GRACE_S):
-                await self._process.wait()
-        except TimeoutError:
-            self._process.kill()
-            await self._process.wait()
+        if self._process is not None:
+            await children.stop(self._process, _GRACE_S)
 
 
 async def _keep_running(workers: list[_Worker]) -> None:

@@ -1,15 +1,13 @@
 """One process of the platform, as `up` runs it."""
 
 import asyncio
-import os
 import signal
-import sys
 from collections.abc import Awaitable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
 from services.cli.failure import failure_with_log
+from services.shared import children
 
 
 class Part:
@@ -24,10 +22,7 @@ class Part:
     async def start(cls, name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> "Part":
         """Runs `command`, its output into `log`; it ends with this process. Call it from the main thread."""
         with log.open("ab") as output:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "services.shared.child", str(os.getpid()), *command,
-                env=environment, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
-            )  # fmt: skip
+            process = await children.start(*command, environment=environment, stdout=output, stderr=output)
         return cls(name, log, process)
 
     async def watch(self) -> NoReturn:
@@ -50,11 +45,4 @@ class Part:
 
     async def stop(self, grace_s: float) -> None:
         """SIGTERM, and SIGKILL after `grace_s` seconds; returns when it has ended."""
-        with suppress(ProcessLookupError):
-            self._process.terminate()
-        try:
-            async with asyncio.timeout(grace_s):
-                await self._process.wait()
-        except TimeoutError:
-            self._process.kill()
-            await self._process.wait()
+        await children.stop(self._process, grace_s)
