@@ -84,7 +84,7 @@ class Lines:
 
 
 @dataclass(frozen=True)
-class Served:
+class Endpoint:
     """A gateway, as its callers know it."""
 
     address: str
@@ -120,7 +120,7 @@ class Served:
 
 
 @dataclass(frozen=True)
-class Gateway(Served):
+class Gateway(Endpoint):
     """A gateway of the test's own."""
 
     admin: str
@@ -133,7 +133,8 @@ class Gateway(Served):
 
     def calls(self) -> list[dict[str, Any]]:
         """The access log so far."""
-        return [json.loads(line) for line in self.output.read_text().splitlines()]
+        # What stands after the last newline is being written.
+        return [json.loads(line) for line in self.output.read_text().split("\n")[:-1]]
 
 
 @dataclass(frozen=True)

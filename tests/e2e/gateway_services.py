@@ -4,6 +4,7 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -14,8 +15,10 @@ from google.protobuf.message_factory import GetMessageClass
 
 from september.admission.v1 import admission_service_pb2 as admission_pb
 from september.engine.v1 import engine_pb2
+from services.cli.gateway import Lane
 from services.shared.grpc_server import to_status
 from tests.e2e.gateway_calls import SERVICES
+from tests.e2e.gateway_process import Gateway, placed, running_gateway
 
 Context = Any
 Behaviour = Callable[[Context], Awaitable[Message]]
@@ -125,3 +128,13 @@ async def running_services(port: int = 0) -> AsyncIterator[Services]:
         yield services
     finally:
         await services.stop()
+
+
+@asynccontextmanager
+async def gateway_and_services(lane: Lane, directory: Path) -> AsyncIterator[tuple[Gateway, Services]]:
+    """A gateway with Admission in this lane, before services that answer for Admission and Provisioner alike."""
+    async with (
+        running_services() as services,
+        running_gateway(directory, placed(lane, services.address), services.address) as gateway,
+    ):
+        yield gateway, services

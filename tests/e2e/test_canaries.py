@@ -20,7 +20,7 @@ from cryptography.fernet import Fernet
 from services.cli.gateway import Lane
 from tests.canaries import Canaries
 from tests.e2e.gateway_calls import UNARY, Method
-from tests.e2e.gateway_process import Served
+from tests.e2e.gateway_process import Endpoint
 from tests.e2e.installation import Installation, install
 from tests.harness import DEADLINE_S
 
@@ -71,7 +71,7 @@ class Callers:
         admin_key: of the operators.
     """
 
-    def __init__(self, gateway: Served, canaries: Canaries, admin_key: str) -> None:
+    def __init__(self, gateway: Endpoint, canaries: Canaries, admin_key: str) -> None:
         self.gateway = gateway
         self.canaries = canaries
         self.admin: Headers = [("x-admin-key", admin_key)]
@@ -271,7 +271,7 @@ async def test_no_secret_is_where_it_must_not_be(
     announced = installation.announced()
     canaries.add("platform key", announced["PLATFORM_KEY"])
     address = announced["REST_URL"].removeprefix("http://")
-    callers = Callers(Served(address), canaries, announced["ADMIN_KEY"])
+    callers = Callers(Endpoint(address), canaries, announced["ADMIN_KEY"])
     with psycopg.connect(database_url, autocommit=True) as registry:
         async with grpc.aio.insecure_channel(address) as channel:
             await live_a_life(callers, registry, channel)

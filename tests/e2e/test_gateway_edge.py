@@ -19,7 +19,7 @@ from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceSt
 from services.cli.gateway import Lane
 from tests.e2e.gateway_calls import BOOTS, METHODS, UNARY
 from tests.e2e.gateway_process import Gateway, eventually, placed, running_gateway
-from tests.e2e.gateway_services import Behaviour, Context, Services, failing, running_services
+from tests.e2e.gateway_services import Behaviour, Context, Services, failing, gateway_and_services, running_services
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -82,10 +82,7 @@ class Served:
 async def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
     lane: Lane = request.param
     directory = tmp_path_factory.mktemp("gateway")
-    async with (
-        running_services() as services,
-        running_gateway(directory, placed(lane, services.address), services.address) as gateway,
-    ):
+    async with gateway_and_services(lane, directory) as (gateway, services):
         yield Served(gateway, services)
 
 

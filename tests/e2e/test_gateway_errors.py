@@ -19,8 +19,15 @@ from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceSt
 from september.errors.v1 import errors_pb2
 from services.cli.gateway import Lane
 from tests.e2e.gateway_calls import UNARY, Method
-from tests.e2e.gateway_process import Gateway, placed, running_gateway
-from tests.e2e.gateway_services import Behaviour, Context, Services, engine, failing, running_services
+from tests.e2e.gateway_process import Gateway
+from tests.e2e.gateway_services import (
+    Behaviour,
+    Context,
+    Services,
+    engine,
+    failing,
+    gateway_and_services,
+)
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -92,8 +99,7 @@ async def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     lane: Lane = request.param
     directory = tmp_path_factory.mktemp("gateway")
     async with (
-        running_services() as services,
-        running_gateway(directory, placed(lane, services.address), services.address) as gateway,
+        gateway_and_services(lane, directory) as (gateway, services),
         grpc.aio.insecure_channel(gateway.address) as channel,
     ):
         yield Served(gateway, services, AdmissionServiceStub(channel))

@@ -12,8 +12,8 @@ from september.provisioner.v1 import fleet_service_pb2 as fleet_pb
 from september.provisioner.v1 import product_service_pb2 as product_pb
 from services.cli.gateway import Lane
 from tests.e2e.gateway_calls import METHODS, Method
-from tests.e2e.gateway_process import Gateway, placed, running_gateway
-from tests.e2e.gateway_services import Services, running_services
+from tests.e2e.gateway_process import Gateway
+from tests.e2e.gateway_services import Services, gateway_and_services
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -102,10 +102,7 @@ class Served:
 async def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
     lane: Lane = request.param
     directory = tmp_path_factory.mktemp("gateway")
-    async with (
-        running_services() as services,
-        running_gateway(directory, placed(lane, services.address), services.address) as gateway,
-    ):
+    async with gateway_and_services(lane, directory) as (gateway, services):
         yield Served(gateway, services)
 
 

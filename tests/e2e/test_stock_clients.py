@@ -23,8 +23,8 @@ from grpc_status import rpc_status
 from september.admission.v1 import admission_service_pb2 as pb
 from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceStub
 from services.cli.gateway import DIRECTORY, Lane
-from tests.e2e.gateway_process import Gateway, placed, running_gateway
-from tests.e2e.gateway_services import Context, Services, failing, running_services
+from tests.e2e.gateway_process import Gateway
+from tests.e2e.gateway_services import Context, Services, failing, gateway_and_services
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -42,10 +42,7 @@ class Served:
 @pytest_asyncio.fixture(scope="module", loop_scope="module", params=Lane)
 async def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Served]:
     directory = tmp_path_factory.mktemp("gateway")
-    async with (
-        running_services() as services,
-        running_gateway(directory, placed(request.param, services.address), services.address) as gateway,
-    ):
+    async with gateway_and_services(request.param, directory) as (gateway, services):
         yield Served(gateway, services)
 
 
