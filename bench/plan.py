@@ -49,7 +49,7 @@ FULL = Plan(
 )
 QUICK = Plan(
     directory=ROOT / "build" / "benchmarks",
-    rounds=2,
+    rounds=1,
     seconds=1,
     curve_seconds=1,
     concurrencies=(1, 256),
