@@ -23,13 +23,14 @@ from uuid import UUID, uuid4
 import grpc
 from docker import APIClient
 
-from bench.containers import IMAGE, docker_platform, remove_all
+from bench.containers import IMAGE, docker_platform
 from september.admission.v1 import admission_service_pb2 as admission_pb
 from september.provisioner.v1 import provisioner_service_pb2 as pb
 from services.provisioner.backends.base import EngineSpec
 from services.provisioner.backends.engine_template import EngineTemplate
 from services.shared import embedded_postgres
 from tests.harness import Clients, Platform, Product, new_database, reason
+from tests.integration.docker_daemon import remove_all
 
 TARGETS = {"cold": 1.15, "wake": 1.5, "wake by admit": None}
 _PAIRS = 20

@@ -10,8 +10,8 @@ from docker import APIClient
 from docker.errors import NotFound
 from docker.utils import kwargs_from_env
 
-from services.provisioner.backends.engine_template import INSTALLATION_LABEL
 from tests.harness import Platform, running_platform
+from tests.integration.docker_daemon import remove_all
 
 IMAGE = "september-engine:dev"
 
@@ -48,11 +48,3 @@ def docker_platform(database_url: str, directory: Path, **settings: str) -> Iter
             remove_all(api, platform.installation())
             with suppress(NotFound):
                 api.remove_network(network)
-
-
-def remove_all(api: APIClient, installation: str) -> None:
-    filters = {"label": f"{INSTALLATION_LABEL}={installation}"}
-    for container in api.containers(all=True, filters=filters):
-        api.remove_container(container["Id"], force=True, v=True)
-    for volume in api.volumes(filters=filters)["Volumes"] or []:
-        api.remove_volume(volume["Name"])

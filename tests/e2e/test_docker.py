@@ -17,9 +17,10 @@ from docker import APIClient
 
 from september.admission.v1 import admission_service_pb2 as admission_pb
 from september.provisioner.v1 import provisioner_service_pb2 as pb
+from services.provisioner.backends.engine_template import INSTALLATION_LABEL
 from tests.canaries import Canaries
 from tests.harness import ROOT, Clients, Platform, Product, eventually, reason
-from tests.integration.docker_daemon import docker_api
+from tests.integration.docker_daemon import docker_api, remove_all
 
 __all__ = ["docker_api"]
 
@@ -27,7 +28,6 @@ Connect = Callable[..., Clients]
 IMAGE = "september-engine:dev"
 # A name of its own for every run: several may share the daemon.
 SILENT = f"september-test-silent-{uuid4().hex[:12]}:dev"
-LABEL = "september.installation"
 
 
 class DockerPlatform(Platform):
@@ -36,7 +36,7 @@ class DockerPlatform(Platform):
     api: APIClient
 
     def filters(self) -> dict[str, str]:
-        return {"label": f"{LABEL}={self.installation()}"}
+        return {"label": f"{INSTALLATION_LABEL}={self.installation()}"}
 
     def counts(self) -> dict[str, int]:
         containers = self.api.containers(all=True, filters=self.filters())
@@ -46,12 +46,6 @@ class DockerPlatform(Platform):
             "containers": len(containers),
             "volumes": len(self.api.volumes(filters=self.filters())["Volumes"] or []),
         }
-
-    def remove_all(self) -> None:
-        for container in self.api.containers(all=True, filters=self.filters()):
-            self.api.remove_container(container["Id"], force=True, v=True)
-        for volume in self.api.volumes(filters=self.filters())["Volumes"] or []:
-            self.api.remove_volume(volume["Name"])
 
 
 NOTHING = {"rows": 0, "ports": 0, "containers": 0, "volumes": 0}
@@ -87,7 +81,7 @@ def platform(database_url: str, tmp_path: Path, docker_api: APIClient, images: N
     finally:
         platform.close()
         with suppress(Exception):
-            platform.remove_all()
+            remove_all(docker_api, platform.installation())
 
 
 def provision(

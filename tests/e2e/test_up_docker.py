@@ -8,9 +8,10 @@ import pytest
 from docker import APIClient
 
 from services.cli import rest
+from services.provisioner.backends.engine_template import INSTALLATION_LABEL
 from tests.e2e.installation import Installation, install, post
 from tests.harness import DEADLINE_S, ROOT
-from tests.integration.docker_daemon import docker_api
+from tests.integration.docker_daemon import docker_api, remove_all
 
 __all__ = ["docker_api", "install"]
 
@@ -23,6 +24,9 @@ def network(docker_api: APIClient) -> Iterator[str]:
     subprocess.run([ROOT / "deploy" / "docker" / "make-engine-image"], check=True, capture_output=True)
     name = f"september-test-{uuid4().hex}"
     yield name
+    # Members of the warm pool stay, as all engines do, for the next start.
+    for container in docker_api.containers(all=True, filters={"network": name}):
+        remove_all(docker_api, container["Labels"][INSTALLATION_LABEL])
     for network in docker_api.networks(names=[name]):
         docker_api.remove_network(network["Id"])
 
@@ -33,7 +37,7 @@ def destroy(installation: Installation, user_id: str) -> None:
     assert rest.call(gateway, "DELETE", f"/engines/{user_id}", {"X-Platform-Key": shell["PLATFORM_KEY"]})[0] == 200
 
 
-def test_each_backend_has_users_engines_of_its_own(install: Install, docker_api: APIClient, network: str) -> None:
+def test_each_backend_has_users_engines_of_its_own(docker_api: APIClient, network: str, install: Install) -> None:
     installation = install(ORCH_ENGINE_NETWORK=network)
     up = installation.up()
     process = installation.admit()

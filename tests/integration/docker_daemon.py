@@ -20,6 +20,8 @@ from docker import APIClient
 from docker.errors import DockerException
 from docker.utils import kwargs_from_env
 
+from services.provisioner.backends.engine_template import INSTALLATION_LABEL
+
 _HTTPD = "/bin/busybox httpd -f -p 8000 -h /www"
 
 
@@ -36,6 +38,15 @@ class BusyboxImages:
 
     engine: str
     deaf: str
+
+
+def remove_all(api: APIClient, installation: str) -> None:
+    """Removes what an installation, which must have ended, has in Docker: containers and volumes."""
+    filters = {"label": f"{INSTALLATION_LABEL}={installation}"}
+    for container in api.containers(all=True, filters=filters):
+        api.remove_container(container["Id"], force=True, v=True)
+    for volume in api.volumes(filters=filters)["Volumes"] or []:
+        api.remove_volume(volume["Name"])
 
 
 @pytest.fixture(scope="session")

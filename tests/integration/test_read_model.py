@@ -44,8 +44,10 @@ def gone(platform: Platform) -> Iterator[psycopg.Connection[Any]]:
                 "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = %s AND pid <> %s",
                 [name, inside.info.backend_pid],
             )
-            yield inside
-            connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
+            try:
+                yield inside
+            finally:
+                connection.execute(f"ALTER DATABASE {name} ALLOW_CONNECTIONS true".encode())
 
 
 class Known:
