@@ -14,7 +14,7 @@ ENGINE_IMAGE := september-engine:dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-long bench lint types breaking gen engine-image clean
+.PHONY: help run test test-long chaos bench lint types breaking gen engine-image clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,11 @@ test: $(VENV)/.dev ## Run all tests that this machine can; REQUIRE_DOCKER=1 allo
 
 test-long: $(VENV)/.dev ## Run the tests that take minutes.
 	$(BIN)/pytest -m long
+
+chaos: $(VENV)/.dev ## Break things, under 20 minutes, and write the score card into docs/reliability.md.
+	@docker info >/dev/null 2>&1 || { echo "no Docker daemon answers" >&2; exit 1; }
+	deploy/docker/make-engine-image $(ENGINE_IMAGE)
+	$(BIN)/pytest tests/chaos --full -m "" -n 3 --dist worksteal
 
 bench: $(VENV)/.bench ## Measure what docs/performance.md promises, under 10 minutes; QUICK=1 for 90 s, PEERS=jupyterhub for more.
 	@command -v h2load >/dev/null || { echo "h2load is missing: apt-get install nghttp2-client" >&2; exit 1; }

@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, settings
 from services.shared import embedded_postgres
 from tests.harness import Clients, Platform, Service, new_database, running_platform
 
+pytest_plugins = ["tests.chaos.score_card"]
+
 # These machines are noisy; how long an example takes says nothing.
 settings.register_profile("noisy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("noisy")

@@ -1,0 +1,31 @@
+"""The one check after every run: the registry, and what exists, say the same."""
+
+from contextlib import suppress
+
+import psutil
+
+from tests.harness import Platform, eventually
+
+_ALIVE = "SELECT count(*) FROM engines WHERE status = 'running' OR status = 'sleeping' AND NOT deep_asleep"
+
+
+def oracle(platform: Platform) -> None:
+    """Waits for open operations, and asserts that rows = ports leased = volumes, and processes = ports listened on.
+
+    Engines that were stopped, or sleep deeply, have no process.
+
+    Args:
+        platform: of the process backend, all its Provisioners at rest or gone.
+    """
+    eventually(lambda: platform.open_operations() == 0, "every operation has ended")
+    counts = platform.counts()
+    processes = platform.engine_processes()
+    assert counts["rows"] == counts["ports"] == counts["volumes"], counts
+    assert [(counts["processes"],)] == platform.query(_ALIVE), counts
+    listened = set()
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            listened |= {c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    leased = {port for (port,) in platform.query("SELECT port FROM port_leases")}
+    assert listened <= leased, (listened, leased)
+    assert len(listened) == len(processes), (listened, processes)
