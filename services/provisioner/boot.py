@@ -15,6 +15,7 @@ from services.provisioner.domain.operation import GiveWay, LeaseLost, Operation,
 from services.provisioner.lease import Lease
 from services.provisioner.ports import Backend, EngineClient, OperationLog
 from services.shared.errors import BackendError, BootTimeout, Internal, PortExhaustion, ServiceError, Unavailable
+from services.shared.failpoints import reached
 from services.shared.keys import EngineKeyring
 
 log = structlog.get_logger(__name__)
@@ -105,6 +106,7 @@ class Boot:
             # It has had its port all the time: nothing else can answer there.
             if not _runs(await self._backend.thaw(engine.engine_id)):
                 return False
+            reached("boot.thawed")
             async with asyncio.timeout(_THAWED_S):
                 return (await answer).healthy
         except (ServiceError, TimeoutError):
@@ -130,19 +132,26 @@ class Boot:
             spec = replace(spec, generation=instance.generation)
         else:
             await self._store.set_step(operation, Step.CREATING)
+            reached("boot.creating")
             await self._backend.create(spec)
+            reached("boot.created")
             lease.check()
         await self._store.set_step(operation, Step.STARTING)
+        reached("boot.starting")
         try:
             await self._backend.start(spec)
         except PortTaken:
             lease.check()
             if not await self._store.swap_port(operation, engine):
                 raise PortExhaustion("no port is free for one more engine") from None
+            reached("boot.port_swapped")
             raise
+        reached("boot.started")
         lease.check()
         await self._store.set_step(operation, Step.PROBING)
+        reached("boot.probing")
         await self._probe(operation, engine, lease, deadline)
+        reached("boot.healthy")
 
     async def _probe(self, operation: Operation, engine: Engine, lease: Lease, deadline: float) -> None:
         """Returns once the engine is healthy; the first look is at once."""

@@ -26,6 +26,7 @@ from services.provisioner.lease import Lease
 from services.provisioner.ports import Backend, OperationLog
 from services.provisioner.sleep import FallAsleep
 from services.shared.errors import BackendError
+from services.shared.failpoints import reached
 
 Execute = Callable[[Operation, Lease], Awaitable[Settled]]
 
@@ -83,17 +84,20 @@ class Executor:
             lease.check()
             await self._store.set_step(operation, Step.STOPPING)
             await self._end(operation, lease)
+            reached("restart.ended")
         if failure is None:
             failure = await self._boot.bring_up(operation, lease)
         if failure is None:
             return await self._store.finish(operation, Outcome.SUCCEEDED)
         # Written first: whoever takes over from here goes on undoing.
         await self._store.set_step(operation, Step.UNDOING, failure)
+        reached("boot.undoing")
         lease.check()
         if operation.kind is OperationKind.PROVISION:
             await self._backend.remove(operation.engine_id, volume=True)
         else:
             await self._end(operation, lease)
+        reached("boot.undone")
         return await self._store.finish(operation, Outcome.FAILED, failure)
 
     async def _is_failed(self, operation: Operation) -> bool:
@@ -107,13 +111,17 @@ class Executor:
     async def _stop(self, operation: Operation, lease: Lease) -> Settled:
         lease.check()
         await self._store.set_step(operation, Step.STOPPING)
+        reached("stop.begun")
         await self._end(operation, lease)
+        reached("stop.ended")
         return await self._store.finish(operation, Outcome.SUCCEEDED)
 
     async def _destroy(self, operation: Operation, lease: Lease) -> Settled:
         lease.check()
         await self._store.set_step(operation, Step.REMOVING)
+        reached("destroy.begun")
         await self._backend.remove(operation.engine_id, volume=True)
+        reached("destroy.removed")
         return await self._store.finish(operation, Outcome.SUCCEEDED)
 
     async def _end(self, operation: Operation, lease: Lease) -> None:
@@ -123,6 +131,7 @@ class Executor:
         """
         with suppress(BackendError):
             await self._backend.stop(operation.engine_id, grace_s=STOP_GRACE_S)
+        reached("stop.signalled")
         instance = await self._backend.inspect(operation.engine_id)
         if instance is not None and instance.state in (InstanceState.RUNNING, InstanceState.FROZEN):
             lease.check()

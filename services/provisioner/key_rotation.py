@@ -14,6 +14,7 @@ from services.provisioner.domain.operation import Operation, Outcome, Settled, S
 from services.provisioner.lease import Lease
 from services.provisioner.ports import Backend, EngineClient, OperationLog
 from services.shared.errors import BackendError, ServiceError
+from services.shared.failpoints import reached
 from services.shared.keys import EngineKeyring, new_engine_key
 
 OVERLAP_S = 60.0
@@ -47,6 +48,7 @@ class KeyRotation:
             await self._store.set_step(operation, Step.ROTATING)
             key = self._keyring.encrypt(operation.engine_id, new_engine_key())
             await self._store.set_pending_key(operation, key)
+            reached("rotate.pending")
             rotated = await self._rotate(operation, lease)
             if rotated:
                 return await self._store.finish(operation, Outcome.SUCCEEDED)
@@ -55,8 +57,10 @@ class KeyRotation:
                 return await self._undo(operation, lease, failure)
             # From here on the new key is the engine's key, and the boot below gives it.
             await self._store.recreate_with_pending_key(operation)
+            reached("rotate.recreating")
         lease.check()
         await self._backend.stop(operation.engine_id, grace_s=_STOP_GRACE_S)
+        reached("rotate.stopped")
         boot_failure = await self._boot.bring_up(operation, lease)
         if boot_failure is None:
             return await self._store.finish(operation, Outcome.SUCCEEDED)
@@ -75,8 +79,10 @@ class KeyRotation:
             status = await self._engines.rotate_key(engine.url, old, new_hash, OVERLAP_S)
             if status in _NO_ENDPOINT:
                 return False
+            reached("rotate.told")
             # Repeated with the new key: it changes nothing, and shows that the new key is taken.
             if await self._engines.rotate_key(engine.url, new, new_hash, OVERLAP_S) == 200:
+                reached("rotate.shown")
                 return True
             await asyncio.sleep(_PAUSE_S)
         return None
@@ -84,4 +90,5 @@ class KeyRotation:
     async def _undo(self, operation: Operation, lease: Lease, failure: ServiceError) -> Settled:
         lease.check()
         await self._backend.stop(operation.engine_id, grace_s=_STOP_GRACE_S)
+        reached("rotate.undone")
         return await self._store.finish(operation, Outcome.FAILED, failure)

@@ -17,6 +17,7 @@ from services.provisioner.domain.product import Product
 from services.provisioner.domain.transitions import BOOTS
 from services.provisioner.execution import STOP_GRACE_S
 from services.shared.errors import BootTimeout, EngineAlreadyExists, EngineNotFound, ServiceError, Unavailable
+from services.shared.failpoints import reached
 from services.shared.keys import EngineKeyring
 from services.shared.user_id import check_user_id
 
@@ -222,7 +223,9 @@ class Lifecycle:
         task = asyncio.create_task(intent)
         self._writing.add(task)
         task.add_done_callback(self._forget)
-        return await asyncio.shield(task)
+        written = await asyncio.shield(task)
+        reached("intent.written")
+        return written
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._writing.discard(task)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from uuid import UUID
 
 from services.provisioner.store.encrypted import COLUMNS, Column, EncryptedStore, Token
+from services.shared.failpoints import reached
 from services.shared.keys import EngineKeyring, UnreadableKey
 
 _BATCH = 500
@@ -62,6 +63,7 @@ class MasterKeyRotation:
                 old, new = self._renewed(tokens)
                 done = await self._store.replace(column, old, new) if old else 0
                 rotated += done
+                reached("rekey.replaced")
                 if done == len(old):
                     after = tokens[-1].id
                     seen += len(tokens)

@@ -15,6 +15,7 @@ from services.provisioner.domain.operation import GiveWay, Operation, Outcome, S
 from services.provisioner.lease import Lease
 from services.provisioner.ports import Backend, EngineClient, OperationLog
 from services.shared.errors import BackendError, Unavailable
+from services.shared.failpoints import reached
 
 # Counters of an engine that only answers its health probes move about this much.
 _CPU_NOISE_S = 0.1
@@ -63,6 +64,7 @@ class FallAsleep:
         """Freezes the engine, unless there is a reason not to, which is returned."""
         lease.check()
         await self._store.set_step(operation, Step.ANNOUNCED)
+        reached("sleep.announced")
         # Read after the announcement was committed: whoever looks from now on has seen it.
         announced_at = await self._store.clock()
         before = await self._backend.usage(engine.engine_id)
@@ -85,7 +87,9 @@ class FallAsleep:
             return wanted
         lease.check()
         await self._store.set_step(operation, Step.FREEZING)
+        reached("sleep.freezing")
         await self._backend.freeze(engine.engine_id)
+        reached("sleep.frozen")
         # Not what was asked for is written down, but what has come of it.
         instance = await self._backend.inspect(engine.engine_id)
         if instance is None or instance.state is not InstanceState.FROZEN:
@@ -95,3 +99,4 @@ class FallAsleep:
 
     async def _thaw(self, engine: Engine) -> None:
         await self._backend.thaw(engine.engine_id)
+        reached("sleep.thawed")

@@ -29,6 +29,7 @@ from services.provisioner.backends.engine_template import (
 from services.provisioner.backends.instances import await_exit, refuse_older
 from services.provisioner.backends.threads import BackendThreads
 from services.shared.errors import BackendError, Unavailable
+from services.shared.failpoints import reached
 
 T = TypeVar("T")
 
@@ -186,6 +187,7 @@ class DockerBackend:
                 return True
             refuse_older(spec, found.instance.generation)
             self._remove_container(found.id)
+            reached("docker.outdated_removed")
         try:
             self._api.create_container(**self._template.options(self._api, spec))
         except NotFound as exc:
@@ -281,6 +283,7 @@ class DockerBackend:
         found = self._look(engine_id)
         if found is not None and found.instance is not None:
             self._remove_container(found.id)
+            reached("docker.container_removed")
         if volume and self._volume_owner(engine_id) == self._installation:
             self._until_gone(lambda: self._api.remove_volume(volume_name(engine_id)))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from uuid import UUID
 
 from services.shared.errors import BackendError, Unavailable
+from services.shared.failpoints import reached
 
 _TRASH_SUFFIX = ".trash"
 _LOCK_PAUSE_S = 0.01
@@ -100,6 +101,7 @@ class EngineDirectory:
         trash = self.path.with_suffix(_TRASH_SUFFIX)
         _delete(trash)
         self.path.rename(trash)
+        reached("process.trashed")
         _delete(trash)
 
     def _is(self, descriptor: int) -> bool:

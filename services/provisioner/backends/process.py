@@ -22,6 +22,7 @@ from services.provisioner.backends.engine_processes import EngineProcess, Engine
 from services.provisioner.backends.instances import await_exit, refuse_older
 from services.provisioner.backends.threads import BackendThreads
 from services.shared.errors import BackendError, Unavailable
+from services.shared.failpoints import reached
 
 T = TypeVar("T")
 
@@ -132,6 +133,7 @@ class ProcessBackend:
                 if marker.state is not MarkerState.CREATED:
                     self._processes.kill(spec.engine_id, self._timeout_s)
             directory.volume.mkdir(mode=0o700, exist_ok=True)
+            reached("process.directory")
             directory.write(self._marker(spec.generation, MarkerState.CREATED))
 
     def _start(self, spec: EngineSpec) -> None:
@@ -153,7 +155,9 @@ class ProcessBackend:
                 directory.write(self._marker(spec.generation, MarkerState.REMOVED))
                 raise PortTaken
             directory.write(self._marker(spec.generation, MarkerState.STARTING))
+            reached("process.starting")
             self._spawn(spec, directory)
+            reached("process.spawned")
             directory.write(self._marker(spec.generation, MarkerState.STARTED))
 
     def _spawn(self, spec: EngineSpec, directory: EngineDirectory) -> None:
@@ -206,6 +210,7 @@ class ProcessBackend:
         directory = self._directory(engine_id)
         with directory.locked(self._timeout_s) as there:
             self._processes.kill(engine_id, self._timeout_s)
+            reached("process.killed")
             marker = directory.marker() if there else None
             if not there or (marker is not None and marker.installation != self._installation):
                 return

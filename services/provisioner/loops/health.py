@@ -21,6 +21,7 @@ from services.provisioner.backends.base import Backend, InstanceState
 from services.provisioner.domain.health import Patient, prober_is_ill
 from services.provisioner.ports import EngineClient
 from services.shared.errors import ServiceError
+from services.shared.failpoints import reached
 
 log = structlog.get_logger(__name__)
 
@@ -118,6 +119,7 @@ class Health:
     async def _mark_ill(self, patient: Patient, reason: str, *, ended: bool) -> None:
         try:
             failed = await self._records.mark_ill(patient, reason, ended=ended)
+            reached("health.marked")
         except Exception:
             log.exception("engine_skipped", engine_id=str(patient.engine_id))
         else:

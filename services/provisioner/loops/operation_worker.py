@@ -20,6 +20,7 @@ from services.provisioner.domain.operation import LeaseLost, Operation, Operatio
 from services.provisioner.execution import Executor
 from services.provisioner.lease import Lease
 from services.shared.errors import Unavailable
+from services.shared.failpoints import reached
 from services.shared.loops import Pulse
 
 log = structlog.get_logger(__name__)
@@ -114,6 +115,8 @@ class OperationWorker:
             return
         now = time.monotonic()
         claimed = await self._operations.claim(free, self._runs)
+        if claimed:
+            reached("operation.claimed")
         found = Counter(operation.queue for operation in claimed)
         self._crowded = {queue for queue in Queue if found[queue] == free.get(queue, 0)}
         for operation in claimed:
@@ -127,6 +130,7 @@ class OperationWorker:
         ):
             try:
                 settled = await self._executor.execute(operation, lease)
+                reached("operation.finished")
             except LeaseLost:
                 log.warning("lease_lost")
                 with suppress(LeaseLost, Unavailable):

@@ -23,6 +23,7 @@ from services.provisioner.domain.intent import Pending
 from services.provisioner.domain.operation import OperationKind
 from services.provisioner.domain.registered import Registered
 from services.shared.errors import ServiceError
+from services.shared.failpoints import reached
 
 log = structlog.get_logger(__name__)
 
@@ -122,6 +123,7 @@ class Reconciler:
             Unavailable: registry or backend can't be reached.
         """
         states = await self._states()
+        reached("reconcile.listed")
         rows = await self._rows.registered(states)
         unlike = [row for row in rows if not row.busy and repair_of(row, states.get(row.engine_id))]
         if unlike:
@@ -148,6 +150,8 @@ class Reconciler:
                     await self._rows.set_deep_asleep(row.engine_id, repair.change)
             except Exception:
                 log.exception("engine_skipped", engine_id=str(row.engine_id))
+            else:
+                reached("reconcile.begun")
 
     async def _remove(self, strays: dict[UUID, bool], *, among: int) -> None:
         """Removes the strays that the pass before has seen too, unless they are too many.
@@ -166,6 +170,7 @@ class Reconciler:
         for engine_id, volume in doomed.items():
             try:
                 await self._backend.remove(engine_id, volume=volume)
+                reached("reconcile.removed")
             except Exception:
                 log.exception("stray_skipped", engine_id=str(engine_id))
             else:

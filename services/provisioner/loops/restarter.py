@@ -15,6 +15,7 @@ from services.provisioner.domain.engine import EngineStatus
 from services.provisioner.domain.intent import Pending
 from services.provisioner.domain.operation import OperationKind
 from services.shared.errors import ServiceError, Unavailable
+from services.shared.failpoints import reached
 
 log = structlog.get_logger(__name__)
 
@@ -60,6 +61,7 @@ class Restarter:
                 # Restarts are counted: none is spent on a backend that does not answer.
                 await self._backend.inspect(engine_id)
                 await self._intents.begin(engine_id, OperationKind.RESTART, EngineStatus.FAILED)
+                reached("restarter.begun")
             except ServiceError:
                 postponed += 1
         if postponed:

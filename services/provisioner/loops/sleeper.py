@@ -21,6 +21,7 @@ from services.provisioner.domain.operation import OperationKind
 from services.provisioner.ports import EngineClient
 from services.provisioner.sleep import work_between
 from services.shared.errors import ServiceError
+from services.shared.failpoints import reached
 
 log = structlog.get_logger(__name__)
 
@@ -91,6 +92,7 @@ class Sleeper:
         self._before = seen
         for engine in await self._candidates.light_sleepers(self._deep_sleep_after_s, _BATCH):
             await self._intents.begin(engine.engine_id, OperationKind.DEEP_SLEEP, EngineStatus.SLEEPING)
+            reached("sleeper.begun")
 
     async def _consider(self, engine: Engine, seen: dict[UUID, Usage]) -> None:
         now = await self._backend.usage(engine.engine_id)

@@ -25,6 +25,7 @@ from services.provisioner.domain.intent import Newborn
 from services.provisioner.domain.warm_pool import Member
 from services.provisioner.ports import EngineClient
 from services.shared.errors import ServiceError
+from services.shared.failpoints import reached
 from services.shared.loops import Pulse
 
 log = structlog.get_logger(__name__)
@@ -121,9 +122,11 @@ class WarmPool:
                 if not (current and well):
                     # One that is only silent may be well on a machine that is not: the next look at all tells.
                     continue
+                reached("pool.looked")
                 engine = await self._members.claim(
                     member, product_id, user_id, actor, begun=begun, fresh_until=looked + _FRESH_S
                 )
+                reached("pool.claimed")
                 if engine is not None:
                     return engine
         return None
@@ -168,7 +171,7 @@ class WarmPool:
             self._look_at = time.monotonic() + _LOOK_EVERY_S
             await self._examine([one for one in kept if one.status == EngineStatus.RUNNING])
         while await self._members.refill(self._make, size=self._size, most_booting=self._most_booting):
-            pass
+            reached("pool.refilled")
 
     async def _examine(self, ready: list[Member]) -> None:
         looks = await asyncio.gather(*(self._looked(member) for member in ready))
@@ -208,3 +211,4 @@ class WarmPool:
     async def _drop(self, member: Member, reason: str) -> None:
         log.info("warm_engine_dropped", engine_id=str(member.engine_id), reason=reason)
         await self._members.drop(member)
+        reached("pool.dropped")

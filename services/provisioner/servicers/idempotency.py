@@ -7,6 +7,7 @@ import grpc
 
 from services.provisioner.domain.idempotency import KeyedCall
 from services.provisioner.servicers.authorization import calling_scope
+from services.shared.failpoints import reached
 from services.shared.grpc_server import Context, Continuation, Handler, metadata_values
 
 Act = Callable[[], Awaitable[bytes]]
@@ -69,6 +70,8 @@ class IdempotencyInterceptor(grpc.aio.ServerInterceptor):
                 return await act()
             # The maps of a policy in an order of their own.
             body = request.SerializeToString(deterministic=True)
-            return await answer(KeyedCall.of(calling_scope(), keys, method, body), act)
+            kept = await answer(KeyedCall.of(calling_scope(), keys, method, body), act)
+            reached("key.kept")
+            return kept
 
         return grpc.unary_unary_rpc_method_handler(unary, handler.request_deserializer, None)

@@ -19,6 +19,7 @@ from services.provisioner.domain.idempotency import KeyedCall
 from services.provisioner.domain.intent import Pending
 from services.provisioner.store.rows import load_sql
 from services.shared.errors import IdempotencyConflict, ServiceError
+from services.shared.failpoints import reached
 from services.shared.keys import EngineKeyring
 from services.shared.postgres import Connection, Database
 
@@ -116,6 +117,7 @@ class IdempotencyStore:
         under_way = _call.set(call)
         try:
             answer = await act()
+            reached("key.acted")
         except ServiceError:
             # The same call may have been answered meanwhile, and what it was about be gone by now.
             kept = await self._kept(call)
@@ -140,6 +142,7 @@ class IdempotencyStore:
             row = await _claim(tx, call)
             if row["answer"] is not None:
                 return self._opened(call, row["answer"])
+            reached("key.claimed")
             whole = _whole.set(tx)
             try:
                 answer = await act()

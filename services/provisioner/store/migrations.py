@@ -6,6 +6,7 @@ import psycopg
 import structlog
 
 from services.shared.errors import Unavailable
+from services.shared.failpoints import reached
 
 log = structlog.get_logger(__name__)
 
@@ -43,7 +44,9 @@ async def migrate(url: str) -> list[str]:
                 continue
             async with connection.transaction():
                 await connection.execute(script.read_text(encoding="utf-8").encode())
+                reached("migration.applied")
                 await connection.execute("INSERT INTO schema_migrations (name) VALUES (%s)", [script.name])
+            reached("migration.committed")
             log.info("migration_applied", name=script.name)
             applied.append(script.name)
         return applied
