@@ -4,6 +4,7 @@
 - `deploy/envoy/descriptor.binpb`: what the JSON transcoder reads;
 - `deploy/envoy/errors.lua`: error code -> HTTP status, for the gateway;
 - `docs/errors.md`: the error table for readers;
+- `docs/openapi.json`: the REST calls, for tools;
 - `docs/cli.md`: the commands of `september`;
 - `docs/api.md`, `docs/configuration.md`, `docs/lifecycle.svg`: methods, settings, transitions.
 
@@ -123,6 +124,7 @@ def main() -> None:
     # In a process of its own: what it imports has just been written.
     run(sys.executable, "-m", "tools.cli_docs")
     run(sys.executable, "-m", "tools.reference")
+    run(sys.executable, "-m", "tools.openapi")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def main() -> None:
 
 def _api(image: descriptor_pb2.FileDescriptorSet) -> str:
     files = [file for file in image.file if file.name.startswith("september/") and "errors" not in file.name]
-    comments = {file.name: _comments(file) for file in files}
+    comments = {file.name: comments_of(file) for file in files}
     lines = [
         _NOTE + "# API",
         "Every method is a gRPC method and, where a path is named, a REST call through the gateway: path variables and",
@@ -69,7 +69,7 @@ def _rest(method: descriptor_pb2.MethodDescriptorProto) -> str:
     return next((f"{verb.upper()} {getattr(rule, verb)}" for verb in _VERBS if getattr(rule, verb)), "")
 
 
-def _comments(file: descriptor_pb2.FileDescriptorProto) -> dict[tuple[int, ...], str]:
+def comments_of(file: descriptor_pb2.FileDescriptorProto) -> dict[tuple[int, ...], str]:
     """Leading comments by their path in the file, each on one line, without notes to the linter."""
     return {
         tuple(location.path): " ".join(re.sub(r"buf:lint:ignore \w+", "", location.leading_comments).split())

@@ -20,7 +20,7 @@ from services.shared.keys import new_platform_key, platform_key_hash
 
 ADMIN = "admin"
 
-_MAX_GRACE_S = 604_800
+MAX_GRACE_S = 604_800
 
 
 class Store(Protocol):
@@ -139,8 +139,8 @@ class Products:
             InvalidRequest, ProductNotFound.
         """
         parsed_id = _product_id(product_id)
-        if not 0 <= grace_s <= _MAX_GRACE_S:
-            raise InvalidRequest(f"grace_s: must be a whole number from 0 to {_MAX_GRACE_S}")
+        if not 0 <= grace_s <= MAX_GRACE_S:
+            raise InvalidRequest(f"grace_s: must be a whole number from 0 to {MAX_GRACE_S}")
         key = new_platform_key()
         if not await self._store.replace_key(parsed_id, platform_key_hash([key]), grace_s, ADMIN):
             raise ProductNotFound

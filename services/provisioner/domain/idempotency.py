@@ -9,7 +9,7 @@ from uuid import UUID, uuid5
 
 from services.shared.errors import InvalidRequest
 
-_KEY = re.compile(r"[ -~]{1,255}")
+KEY = re.compile(r"[ -~]{1,255}")
 # Operators are one caller.
 _OPERATORS = UUID(int=0)
 
@@ -36,6 +36,6 @@ class KeyedCall:
         Raises:
             InvalidRequest: not exactly one key, or one that can't be.
         """
-        if len(keys) != 1 or not _KEY.fullmatch(keys[0]):
+        if len(keys) != 1 or not KEY.fullmatch(keys[0]):
             raise InvalidRequest("idempotency-key: must be given once, as 1 to 255 printable ASCII characters")
         return cls(uuid5(caller or _OPERATORS, keys[0]), sha256(method.encode() + b"\0" + body).digest())

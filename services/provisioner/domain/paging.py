@@ -6,8 +6,8 @@ from typing import TypeVar
 
 from services.shared.errors import InvalidRequest
 
-_DEFAULT_LIMIT = 100
-_MAX_LIMIT = 1000
+DEFAULT_LIMIT = 100
+MAX_LIMIT = 1000
 
 Key = TypeVar("Key")
 
@@ -19,9 +19,9 @@ def page_limit(limit: int | None) -> int:
         InvalidRequest: naming the parameter.
     """
     if limit is None:
-        return _DEFAULT_LIMIT
-    if not 1 <= limit <= _MAX_LIMIT:
-        raise InvalidRequest(f"limit: must be a whole number from 1 to {_MAX_LIMIT}")
+        return DEFAULT_LIMIT
+    if not 1 <= limit <= MAX_LIMIT:
+        raise InvalidRequest(f"limit: must be a whole number from 1 to {MAX_LIMIT}")
     return limit
 
 

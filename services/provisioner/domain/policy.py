@@ -8,15 +8,15 @@ from fnmatch import fnmatchcase
 
 from services.shared.errors import InvalidRequest, PolicyDenied
 
-_MAX_ENGINES = 1_000_000
-_MAX_RATE_LIMIT_RPM = 1_000_000
-_MAX_IDLE_SLEEP_AFTER_S = 31_536_000
-_MAX_KEEP_AWAKE_S = 604_800
+MAX_ENGINES = 1_000_000
+MAX_RATE_LIMIT_RPM = 1_000_000
+MAX_IDLE_SLEEP_AFTER_S = 31_536_000
+MAX_KEEP_AWAKE_S = 604_800
 DEFAULT_KEEP_AWAKE_S = 3600
-_MAX_GLOBS = 100
+MAX_GLOBS = 100
 # Names, tags and digests of images as Docker takes them, and dotted names of modules.
 _IMAGE = re.compile(r"[a-z0-9][a-zA-Z0-9._/:@-]{0,254}")
-_GLOB = re.compile(r"[a-zA-Z0-9._/:@*?\[\]!-]{1,255}")
+GLOB = re.compile(r"[a-zA-Z0-9._/:@*?\[\]!-]{1,255}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +54,14 @@ def parse_policy(fields: Mapping[str, object]) -> Policy:
     if "max_engines" not in fields:
         raise InvalidRequest("policy.max_engines: required")
     return Policy(
-        max_engines=_whole_number("max_engines", fields["max_engines"], 0, _MAX_ENGINES),
-        rate_limit_rpm=_optional_number("rate_limit_rpm", fields.get("rate_limit_rpm"), 1, _MAX_RATE_LIMIT_RPM),
+        max_engines=_whole_number("max_engines", fields["max_engines"], 0, MAX_ENGINES),
+        rate_limit_rpm=_optional_number("rate_limit_rpm", fields.get("rate_limit_rpm"), 1, MAX_RATE_LIMIT_RPM),
         allowed_images=_globs("allowed_images", fields.get("allowed_images", [])),
         idle_sleep_after_s=_optional_number(
-            "idle_sleep_after_s", fields.get("idle_sleep_after_s"), 1, _MAX_IDLE_SLEEP_AFTER_S
+            "idle_sleep_after_s", fields.get("idle_sleep_after_s"), 1, MAX_IDLE_SLEEP_AFTER_S
         ),
         max_keep_awake_s=_whole_number(
-            "max_keep_awake_s", fields.get("max_keep_awake_s", DEFAULT_KEEP_AWAKE_S), 0, _MAX_KEEP_AWAKE_S
+            "max_keep_awake_s", fields.get("max_keep_awake_s", DEFAULT_KEEP_AWAKE_S), 0, MAX_KEEP_AWAKE_S
         ),
     )
 
@@ -77,10 +77,10 @@ def _whole_number(name: str, value: object, low: int, high: int) -> int:
 
 
 def _globs(name: str, value: object) -> tuple[str, ...]:
-    if not isinstance(value, list) or len(value) > _MAX_GLOBS:
-        raise InvalidRequest(f"policy.{name}: must be a list of at most {_MAX_GLOBS} globs")
+    if not isinstance(value, list) or len(value) > MAX_GLOBS:
+        raise InvalidRequest(f"policy.{name}: must be a list of at most {MAX_GLOBS} globs")
     for index, glob in enumerate(value):
-        if not isinstance(glob, str) or not _GLOB.fullmatch(glob):
+        if not isinstance(glob, str) or not GLOB.fullmatch(glob):
             raise InvalidRequest(f"policy.{name}[{index}]: must be a glob of image names, 1 to 255 characters")
     return tuple(value)
 

@@ -8,7 +8,7 @@ from uuid import UUID
 from services.provisioner.domain.policy import Policy
 from services.shared.errors import InvalidRequest
 
-_SLUG = re.compile(r"[a-z][a-z0-9-]{0,62}")
+SLUG = re.compile(r"[a-z][a-z0-9-]{0,62}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class Registration:
 
 def is_slug(text: str) -> bool:
     """Whether this can name a product."""
-    return _SLUG.fullmatch(text) is not None
+    return SLUG.fullmatch(text) is not None
 
 
 def check_slug(slug: str) -> None:
