@@ -17,7 +17,7 @@ import psycopg
 
 from bench.loads import Call, grpc_call
 from september.admission.v1 import admission_service_pb2 as pb
-from services.cli import rest
+from services.cli.rest import Listener
 from services.shared.keys import EngineKeyring, new_engine_key
 from tests.harness import Clients, Platform, Product, Service, running_platform
 
@@ -70,7 +70,7 @@ class Installation:
 
     def rest_answer_bytes(self, address: str) -> int:
         """Size of the body of an admit by REST."""
-        status, answer = rest.call(address, "POST", _path(0), {"X-Platform-Key": self.products[0].key}, {})
+        status, answer = Listener(address).call("POST", _path(0), {"X-Platform-Key": self.products[0].key}, {})
         assert status == 200, answer
         assert answer["admitted"], answer
         return len(json.dumps(answer, separators=(",", ":")))

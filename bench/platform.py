@@ -18,6 +18,7 @@ from services.cli import gateway
 from services.cli.addresses import claim
 from services.cli.gateway import Lane
 from services.cli.health import answering
+from services.cli.rest import Listener
 from tests.harness import ROOT
 
 _START_S = 30.0
@@ -117,7 +118,7 @@ def started_gateway(subject: Installation, lane: Lane, directory: Path) -> Itera
     environment = dict(gateway.lane_environment() or {}) if lane is Lane.FAST else {}
     environment |= subject.platform.environment | {"ORCH_PROVISIONER_ADDR": subject.provisioner.address}
     with envoy(f"{lane}-gateway", config, address, directory, environment) as server:
-        asyncio.run(asyncio.wait_for(answering(address), _START_S))
+        asyncio.run(asyncio.wait_for(answering(Listener(address)), _START_S))
         behind = () if lane is Lane.FAST else (psutil.Process(subject.admission.process.pid),)
         yield Server(address, (*server.processes, *behind))
 

@@ -9,6 +9,7 @@ from google.protobuf import descriptor_pb2
 from pydantic_core import PydanticUndefined
 
 from services.admission.settings import AdmissionSettings
+from services.cli.settings import EdgeSettings, GatewayAloneSettings
 from services.provisioner.settings import ProvisionerSettings
 from services.shared.settings import CommonSettings, file_variables, variable
 from tools.state_diagram import svg
@@ -40,7 +41,8 @@ def _api(image: descriptor_pb2.FileDescriptorSet) -> str:
         "Every method is a gRPC method and, where a path is named, a REST call through the gateway: path variables and",
         "query parameters are fields of the request, the body is the rest of it in JSON. Field names are the same in",
         "both. Errors: [errors.md](errors.md). Keys: header (metadata) `X-Platform-Key` for products, `X-Admin-Key`",
-        "for operators. Unknown fields of a JSON body are ignored; those of a policy are refused by name.",
+        "for operators, whom the gateway serves on [a listener of their own](gateway.md#operators). Unknown fields of",
+        "a JSON body are ignored; those of a policy are refused by name.",
     ]
     for file in files:
         notes = comments[file.name]
@@ -119,6 +121,7 @@ def _configuration() -> str:
         ("Both services", CommonSettings, common),
         ("Admission", AdmissionSettings, set(AdmissionSettings.model_fields) - common),
         ("Provisioner", ProvisionerSettings, set(ProvisionerSettings.model_fields) - common),
+        ("Gateway", GatewayAloneSettings, {*EdgeSettings.model_fields, "admission_addr"}),
     ):
         lines += ["", f"## {title}", "", "| variable | default | |", "|---|---|---|"]
         for name, field in settings.model_fields.items():

@@ -51,7 +51,7 @@ async def serve_as_worker(settings: AdmissionSettings) -> AsyncIterator[int]:
 
 @asynccontextmanager
 async def _serve(settings: AdmissionSettings, *, share_port: bool) -> AsyncIterator[int]:
-    server = GrpcServer(settings.admission_listen, share_port=share_port)
+    server = GrpcServer(settings.admission_listen, share_port=share_port, identity=settings.identity())
     port = server.bind()
     async with core(settings) as calls, AsyncExitStack() as stack:
         server.server.add_generic_rpc_handlers((handlers(calls),))
@@ -71,7 +71,9 @@ async def core(settings: AdmissionSettings) -> AsyncIterator[AdmissionCalls]:
         database = Database(url, application_name="september-admission")
         await database.open()
         stack.push_async_callback(database.close)
-        provisioner = ProvisionerClient(settings.provisioner_addr, boot_timeout_s=settings.boot_timeout_s)
+        provisioner = ProvisionerClient(
+            settings.provisioner_addr, boot_timeout_s=settings.boot_timeout_s, identity=settings.identity()
+        )
         await provisioner.open()
         stack.push_async_callback(provisioner.close)
 

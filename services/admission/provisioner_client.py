@@ -12,6 +12,7 @@ from september.provisioner.v1.provisioner_service_pb2_grpc import ProvisionerSer
 from services.admission.domain import DenialReason, Engine, EngineStatus
 from services.shared.errors import BootTimeout, ServiceError, Unavailable
 from services.shared.grpc_client import answered_error
+from services.shared.tls import Identity, channel
 
 # After its timeout a failed boot is undone before it is answered.
 _MARGIN_S = 20.0
@@ -28,18 +29,20 @@ _OPTIONS = (
 
 class ProvisionerClient:
     """Args:
-    address: `host:port` of the Provisioner.
+    address: of the Provisioner, `host:port` or `unix:` and a path.
     boot_timeout_s: how long a boot may take, in seconds.
+    identity: what the Provisioner is shown; None if it speaks no TLS.
     """
 
-    def __init__(self, address: str, *, boot_timeout_s: float) -> None:
+    def __init__(self, address: str, *, boot_timeout_s: float, identity: Identity | None = None) -> None:
         self._address = address
+        self._identity = identity
         self._patience_s = boot_timeout_s + _MARGIN_S
         self._calls: set[asyncio.Task[EnsureEngineResponse]] = set()
         self._channel: grpc.aio.Channel
 
     async def open(self) -> None:
-        self._channel = grpc.aio.insecure_channel(self._address, options=_OPTIONS)
+        self._channel = channel(self._address, "provisioner", self._identity, _OPTIONS)
         self._stub = ProvisionerServiceStub(self._channel)
 
     async def close(self) -> None:

@@ -1,15 +1,26 @@
 """What Admission is told by its environment."""
 
-from pydantic import Field
+from typing import Self
+
+from pydantic import Field, model_validator
 
 from services.shared.settings import CommonSettings
+from services.shared.tls import UNIX
 
 
 class AdmissionSettings(CommonSettings):
     """Settings of Admission."""
 
-    admission_listen: str = Field("127.0.0.1:50051", description="Address that Admission serves gRPC on.")
-    provisioner_addr: str = Field("127.0.0.1:50052", description="Address of the Provisioner.")
+    admission_listen: str = Field(
+        "127.0.0.1:50051", description="Address that Admission serves gRPC on: `host:port` or `unix:/path`."
+    )
+    provisioner_addr: str = Field("127.0.0.1:50052", description="Address of the Provisioner, likewise.")
     admission_workers: int = Field(
         1, ge=1, le=64, description="Processes that serve Admission's address side by side on this machine."
     )
+
+    @model_validator(mode="after")
+    def _only_a_port_is_shared(self) -> Self:
+        if self.admission_workers > 1 and self.admission_listen.startswith(UNIX):
+            raise ValueError("ORCH_ADMISSION_WORKERS: a socket is served by one process")
+        return self

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from services.cli import admit, audit, db, engine, fleet, keys, product, up
+from services.cli import admit, audit, db, engine, fleet, gateway_alone, keys, product, up
 from services.cli.command import EXIT_CODES
 from services.cli.failure import Failure
 from services.shared import log
@@ -25,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("up")(up.up)
+app.command("gateway")(gateway_alone.run)
 app.add_typer(db.app, name="db")
 app.add_typer(keys.app, name="keys")
 app.add_typer(product.app, name="product")

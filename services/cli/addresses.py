@@ -6,13 +6,14 @@ from contextlib import ExitStack
 from errno import EADDRINUSE
 
 from services.cli.failure import Failure
+from services.shared.tls import UNIX
 
 
 def claim(wanted: Mapping[str, str]) -> dict[str, str]:
     """Checks that all addresses can be listened on; returns them with a free port for every 0.
 
     Args:
-        wanted: `host:port` by the variable that sets it.
+        wanted: `host:port` by the variable that sets it; `unix:` and a path is taken as it is.
 
     Raises:
         Failure: one can't; it names the address and the variable.
@@ -21,6 +22,9 @@ def claim(wanted: Mapping[str, str]) -> dict[str, str]:
     # Held until all are known, so that no two get the same port.
     with ExitStack() as held:
         for variable, address in wanted.items():
+            if address.startswith(UNIX):
+                claimed[variable] = address
+                continue
             host, _, port = address.rpartition(":")
             if not host or not port.isdecimal() or int(port) > 65535:
                 raise Failure(f"{variable}: {address!r} must be host:port")

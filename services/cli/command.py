@@ -14,7 +14,7 @@ from services.cli.connection import Connection
 from services.cli.output import Output
 from services.cli.var_directory import VarDirectory
 from services.shared.errors import ServiceError
-from services.shared.settings import StorageSettings, load
+from services.shared.settings import IdentitySettings, StorageSettings, load
 
 EXIT_CODES = {
     0: "done",
@@ -87,7 +87,8 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[Run[P]], Run
             values = {variable: arguments.pop(variable.lower()) for variable in _CONNECTION}
             given = {variable: value for variable, value in values.items() if value is not None}
             try:
-                known = Connection(given, VarDirectory(load(StorageSettings).var_dir))
+                identity = load(IdentitySettings).identity()
+                known = Connection(given, VarDirectory(load(StorageSettings).var_dir), identity)
                 asyncio.run(run(known, output, **arguments))  # type: ignore[call-arg]
             except ServiceError as error:
                 output.error(error, _HINTS.get(error.code))

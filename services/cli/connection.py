@@ -22,8 +22,10 @@ from services.shared.errors import (
     ServiceError,
 )
 from services.shared.grpc_client import answered_error
+from services.shared.tls import UNIX, Identity, channel
 
 ADMISSION, PROVISIONER = "ADMISSION_ADDR", "PROVISIONER_ADDR"
+_PARTS = {ADMISSION: "admission", PROVISIONER: "provisioner"}
 PLATFORM_KEY, ADMIN_KEY = "PLATFORM_KEY", "ADMIN_KEY"
 
 Metadata = tuple[tuple[str, str]]
@@ -52,9 +54,11 @@ class Connection:
     Args:
         given: addresses and keys by the variable's name.
         var: where the platform of this machine announces its own.
+        identity: what the platform's parts are shown; None if they speak no TLS.
     """
 
-    def __init__(self, given: Mapping[str, str], var: VarDirectory) -> None:
+    def __init__(self, given: Mapping[str, str], var: VarDirectory, identity: Identity | None = None) -> None:
+        self._identity = identity
         elsewhere = ADMISSION in given or PROVISIONER in given
         self._given = given
         self._announced = {} if elsewhere else _announced(var)
@@ -128,9 +132,9 @@ class Connection:
     @asynccontextmanager
     async def _channel(self, variable: str) -> AsyncIterator[grpc.aio.Channel]:
         address = self._address(variable)
-        async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
+        async with channel(address, _PARTS[variable], self._identity, _OPTIONS) as opened:
             try:
-                yield channel
+                yield opened
             except grpc.aio.AioRpcError as error:
                 raise _to_error(error, address) from error
 
@@ -141,9 +145,11 @@ class Connection:
                 "UNAVAILABLE",
                 f"{variable} is not known; give it, or start the platform here with `make run` or `september up`",
             )
+        if address.startswith(UNIX):
+            return address
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal() or int(port) > 65535:
-            raise InvalidRequest(f"{variable}: {address!r} must be host:port")
+            raise InvalidRequest(f"{variable}: {address!r} must be host:port or unix:/path")
         return address
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 _PAUSE_S = 0.05
 _TIMEOUT_S = 2.0
-_ACTIVE = "http.gateway.downstream_rq_active"
+_ACTIVE = ("http.gateway.downstream_rq_active", "http.operators.downstream_rq_active")
 _WATCHES_LEFT = "cluster.provisioner.circuit_breakers.high.remaining_rq"
 _WATCHES_MAX = 1000
 
@@ -35,9 +35,11 @@ def drain(admin_file: Path, grace_s: float) -> None:
 
 
 def _calls_under_way(admin: str) -> int:
-    stats = json.loads(_ask(admin, "GET", f"/stats?format=json&filter=^({_ACTIVE}|{_WATCHES_LEFT})$"))["stats"]
+    stats = json.loads(_ask(admin, "GET", f"/stats?format=json&filter=^({'|'.join(_ACTIVE)}|{_WATCHES_LEFT})$"))[
+        "stats"
+    ]
     values = {stat["name"]: int(stat["value"]) for stat in stats}
-    return values[_ACTIVE] - (_WATCHES_MAX - values[_WATCHES_LEFT])
+    return sum(values[name] for name in _ACTIVE) - (_WATCHES_MAX - values[_WATCHES_LEFT])
 
 
 def _ask(admin: str, method: str, path: str) -> bytes:

@@ -14,8 +14,12 @@ from google.api import annotations_pb2  # type: ignore[import-untyped]
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from pyvoy._server import get_envoy_environ
 
+from services.cli.var_directory import VarDirectory
+from services.shared.tls import UNIX, Certificate, Identity
+
 DIRECTORY = Path(__file__).resolve().parents[2] / "deploy" / "envoy"
-_FAST_LANE = re.compile(r" *# <fast lane>\n.*?# </fast lane>\n", re.DOTALL)
+CONFIG = "envoy.yaml"
+_FAST_LANE, _TLS, _UPSTREAM_TLS = "fast lane", "tls", "upstream tls"
 
 
 class Lane(StrEnum):
@@ -31,14 +35,19 @@ class GatewaySettings:
 
     Args:
         listen: `ip:port` that callers connect to; port 0 takes a free one.
-        admission: `host:port` of Admission; a DNS name may stand for several replicas. None for the fast lane:
-            it is inside of the gateway.
+        admission: `host:port` of Admission, where a DNS name may stand for several replicas, or `unix:/path`. None
+            for the fast lane: it is inside of the gateway.
         provisioner: `host:port` of the Provisioner, likewise.
         admin_port: port of Envoy's admin interface on 127.0.0.1; 0 takes a free one.
         boot_timeout_s: seconds that the services wait for an engine to be healthy. Routes that change
             engines wait a minute longer, in which a stop before it and an undo after it have their
             time, so that it is the service that answers.
         lane_app: `module:attribute` of what is inside of the gateway in the fast lane.
+        operators_listen: `ip:port` that operators connect to.
+        certificate: what callers and operators are shown; without one the gateway speaks no TLS.
+        identity: what the services are shown, which must have certificates of the same CA; None for services
+            without TLS.
+        directory: where the `files` are.
     """
 
     listen: str
@@ -47,6 +56,10 @@ class GatewaySettings:
     admin_port: int = 0
     boot_timeout_s: float = 60
     lane_app: str = "services.admission.lane:app"
+    operators_listen: str = "127.0.0.1:0"
+    certificate: Certificate | None = None
+    identity: Identity | None = None
+    directory: Path = Path()
 
 
 def render(settings: GatewaySettings) -> str:
@@ -56,13 +69,25 @@ def render(settings: GatewaySettings) -> str:
         ValueError: an address is not `host:port`.
     """
     listen_host, listen_port = _host_and_port(settings.listen)
-    template = (DIRECTORY / "envoy.yaml").read_text()
-    if settings.admission is not None:
-        template = _FAST_LANE.sub("", template)
+    operators_host, operators_port = _host_and_port(settings.operators_listen)
+    template = (DIRECTORY / CONFIG).read_text()
+    parts = {
+        _FAST_LANE: settings.admission is None,
+        _TLS: settings.certificate is not None,
+        _UPSTREAM_TLS: settings.identity is not None,
+    }
+    for part, wanted in parts.items():
+        if not wanted:
+            template = re.sub(rf" *# <{part}>\n.*?# </{part}>\n", "", template, flags=re.DOTALL)
     return Template(template).substitute(
         ADMIN_PORT=settings.admin_port,
         LISTEN_HOST=listen_host,
         LISTEN_PORT=listen_port,
+        OPERATORS_HOST=operators_host,
+        OPERATORS_PORT=operators_port,
+        FILES=settings.directory.absolute(),
+        ADMISSION_TYPE=_cluster_type(settings.admission),
+        PROVISIONER_TYPE=_cluster_type(settings.provisioner),
         ADMISSION_ENDPOINTS=_endpoints(settings.admission),
         PROVISIONER_ENDPOINTS=_endpoints(settings.provisioner),
         SLOW_ROUTE_TIMEOUT=f"{settings.boot_timeout_s + 60:g}",
@@ -74,12 +99,37 @@ def render(settings: GatewaySettings) -> str:
     )
 
 
+def files(settings: GatewaySettings) -> dict[str, str]:
+    """The configuration, and the files that it refers to, by their names in `settings.directory`.
+
+    Of certificates and keys they have only the paths. Envoy reads those again when one is replaced by a rename, and
+    shows the new one on new connections.
+    """
+    made = {CONFIG: render(settings)}
+    if settings.certificate is not None:
+        made["gateway.json"] = _secret("gateway", tls_certificate=_certificate(settings.certificate))
+    if settings.identity is not None:
+        made["identity.json"] = _secret("identity", tls_certificate=_certificate(settings.identity))
+        made["ca.json"] = _secret("ca", validation_context={"trusted_ca": _file(settings.identity.ca)})
+    return made
+
+
 def lane_environment() -> dict[str, str] | None:
     """What Envoy needs in its environment for the fast lane; None if this Python has no shared library,
     which the module needs.
     """
     environment = get_envoy_environ()
     return environment if ".so" in environment.get("LD_PRELOAD", "") else None
+
+
+def prepare(settings: GatewaySettings, var: VarDirectory) -> tuple[list[str], Path]:
+    """Writes the files into `var.run`, which is `settings.directory`; returns the command that runs the gateway, and
+    the file that will hold the address of Envoy's admin interface.
+    """
+    for name, text in files(settings).items():
+        var.write(name, text)
+    admin_file = var.write("gateway.admin", "")
+    return [*command(var.run / CONFIG), "--admin-address-path", str(admin_file)], admin_file
 
 
 def command(config: Path, *, concurrency: int = 2, log_level: str = "warning") -> list[str]:
@@ -112,9 +162,31 @@ def _endpoints(address: str | None) -> str:
     """A cluster's endpoints, as JSON."""
     if address is None:
         return "[]"
-    host, port = _host_and_port(address)
-    endpoint = {"address": {"socket_address": {"address": host, "port_value": port}}}
-    return json.dumps([{"lb_endpoints": [{"endpoint": endpoint}]}])
+    place: dict[str, object]
+    if address.startswith(UNIX):
+        place = {"pipe": {"path": address.removeprefix(UNIX)}}
+    else:
+        host, port = _host_and_port(address)
+        place = {"socket_address": {"address": host, "port_value": port}}
+    return json.dumps([{"lb_endpoints": [{"endpoint": {"address": place}}]}])
+
+
+def _cluster_type(address: str | None) -> str:
+    return "STATIC" if address is not None and address.startswith(UNIX) else "STRICT_DNS"
+
+
+def _secret(name: str, **content: object) -> str:
+    """A file of Envoy's secret discovery, as JSON."""
+    message = "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.Secret"
+    return json.dumps({"resources": [{"@type": message, "name": name, **content}]})
+
+
+def _certificate(certificate: Certificate) -> object:
+    return {"certificate_chain": _file(certificate.certificate), "private_key": _file(certificate.key)}
+
+
+def _file(path: Path) -> object:
+    return {"filename": str(path.absolute())}
 
 
 def _lane_module() -> str:

@@ -8,8 +8,9 @@ import grpc
 from grpc_health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from grpc_health.v1.health_pb2_grpc import HealthStub
 
-from services.cli import rest
 from services.cli.failure import Failure
+from services.cli.rest import Listener
+from services.shared.tls import Identity, channel
 
 _PAUSE_S = 0.05
 _OPTIONS = (
@@ -20,10 +21,10 @@ _OPTIONS = (
 )
 
 
-async def serving(address: str) -> None:
-    """Returns when the gRPC server at `address` says that it serves."""
-    async with grpc.aio.insecure_channel(address, options=_OPTIONS) as channel:
-        check: Any = HealthStub(channel).Check  # type: ignore[attr-defined] # its stubs know no attributes
+async def serving(address: str, part: str, identity: Identity | None) -> None:
+    """Returns when this part's gRPC server at `address` says that it serves; see `channel` for the arguments."""
+    async with channel(address, part, identity, _OPTIONS) as opened:
+        check: Any = HealthStub(opened).Check  # type: ignore[attr-defined] # its stubs know no attributes
         while True:
             with suppress(grpc.aio.AioRpcError):
                 answer = await check(HealthCheckRequest(), wait_for_ready=True)
@@ -32,11 +33,11 @@ async def serving(address: str) -> None:
             await asyncio.sleep(_PAUSE_S)
 
 
-async def answering(gateway: str) -> None:
-    """Returns when `GET /health` of the gateway at `gateway` is answered with 200."""
+async def answering(gateway: Listener) -> None:
+    """Returns when `GET /health` of the gateway is answered with 200."""
     while True:
         with suppress(Failure):
-            status, _ = await asyncio.to_thread(rest.call, gateway, "GET", "/health")
+            status, _ = await asyncio.to_thread(gateway.call, "GET", "/health")
             if status == 200:
                 return
         await asyncio.sleep(_PAUSE_S)

@@ -16,6 +16,7 @@ from services.cli.failure import failure_with_log
 from services.cli.gateway import Lane
 from services.cli.part import Part
 from services.cli.progress import StartProgress
+from services.cli.rest import Listener
 from services.cli.settings import UpSettings
 from services.cli.var_directory import VarDirectory
 from services.shared import embedded_postgres
@@ -61,24 +62,27 @@ class Platform:
         # Given, all read it where it stands.
         environment = {**os.environ} if self.settings.database_url else {**os.environ, "ORCH_DATABASE_URL": url}
         provisioner_address = self.settings.provisioner_addr
-        gateway_address = reachable(self.settings.gateway_listen)
+        certificate = self.settings.gateway_cert_file
+        listener = Listener(reachable(self.settings.gateway_listen), certificate)
+        operators = Listener(reachable(self.settings.gateway_admin_listen), certificate)
+        identity = self.settings.identity()
         provisioner = await self._run("provisioner", _module("services.provisioner"), environment, _PROVISIONER_GRACE_S)
-        starting = [(provisioner, health.serving(provisioner_address))]
+        starting = [(provisioner, health.serving(provisioner_address, "provisioner", identity))]
         if self.lane is Lane.GRPC:
             admission_address = reachable(self.settings.admission_listen)
             admission = await self._run("admission", _module("services.admission"), environment, _ADMISSION_GRACE_S)
-            starting.append((admission, health.serving(admission_address)))
+            starting.append((admission, health.serving(admission_address, "admission", identity)))
         else:
-            admission_address = gateway_address
-        starting.append((await self._run_gateway(admission_address, environment), health.answering(gateway_address)))
+            admission_address = listener.address
+        starting.append((await self._run_gateway(admission_address, environment), health.answering(listener)))
         await asyncio.wait([self.watch.create_task(self._healthy(part, sign)) for part, sign in starting])
 
         admin_key = self.settings.admin_key.get_secret_value()
-        platform_key = await asyncio.to_thread(
-            demo.platform_key, gateway_address, admin_key, self.var, f"demo_{self.settings.engine_backend}_platform_key"
-        )
+        secret = f"demo_{self.settings.engine_backend}_platform_key"
+        platform_key = await asyncio.to_thread(demo.platform_key, listener, operators, admin_key, self.var, secret)
         return {
-            "REST_URL": f"http://{gateway_address}",
+            "REST_URL": listener.url,
+            "ADMIN_URL": operators.url,
             "ADMISSION_ADDR": admission_address,
             "PROVISIONER_ADDR": provisioner_address,
             "PLATFORM_KEY": platform_key,
@@ -112,16 +116,17 @@ class Platform:
         known = {name: value for name, value in environment.items() if not name.startswith(PREFIX) or name in needed}
         if self.lane is Lane.FAST:
             known |= gateway.lane_environment() or {}
-        config = gateway.render(
-            gateway.GatewaySettings(
-                listen=self.settings.gateway_listen,
-                admission=admission_address if self.lane is Lane.GRPC else None,
-                provisioner=self.settings.provisioner_addr,
-                boot_timeout_s=math.ceil(self.settings.boot_timeout_s),
-            )
+        settings = gateway.GatewaySettings(
+            listen=self.settings.gateway_listen,
+            admission=admission_address if self.lane is Lane.GRPC else None,
+            provisioner=self.settings.provisioner_addr,
+            boot_timeout_s=math.ceil(self.settings.boot_timeout_s),
+            operators_listen=self.settings.gateway_admin_listen,
+            certificate=self.settings.certificate(),
+            identity=self.settings.identity(),
+            directory=self.var.run,
         )
-        admin_file = self.var.write("gateway.admin", "")
-        command = [*gateway.command(self.var.write("envoy.yaml", config)), "--admin-address-path", str(admin_file)]
+        command, admin_file = gateway.prepare(settings, self.var)
         part = await self._run("gateway", command, known, _GATEWAY_GRACE_S)
         self.stack.push_async_callback(asyncio.to_thread, drain, admin_file, _DRAIN_S)
         return part

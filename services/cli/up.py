@@ -25,7 +25,7 @@ from services.shared.settings import StorageSettings, file_variables, load, vari
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 _SESSION = """
-Ready: REST at {rest}, gRPC at {admission} (Admission) and {provisioner} (Provisioner).
+Ready: REST at {rest}, for operators at {operators}; gRPC at {admission} (Admission) and {provisioner} (Provisioner).
 Try it from another terminal, in this directory:
 
   . {environment}
@@ -86,6 +86,7 @@ def _prepare_environment(var: VarDirectory, backend: BackendKind | None, lane: L
     settings = load(UpSettings)
     wanted = {
         "ORCH_GATEWAY_LISTEN": settings.gateway_listen,
+        "ORCH_GATEWAY_ADMIN_LISTEN": settings.gateway_admin_listen,
         "ORCH_PROVISIONER_LISTEN": settings.provisioner_listen,
     }
     if lane is Lane.GRPC:
@@ -136,6 +137,7 @@ async def _serve(var: VarDirectory, settings: UpSettings, lane: Lane, console: C
             console.print(
                 _SESSION.format(
                     rest=announced["REST_URL"],
+                    operators=announced["ADMIN_URL"],
                     admission=announced["ADMISSION_ADDR"],
                     provisioner=announced["PROVISIONER_ADDR"],
                     environment=var.environment,

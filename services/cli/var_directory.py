@@ -27,7 +27,8 @@ class VarDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.postgres = path / "postgres"
-        self.environment = path / "run" / "env"
+        self.run = path / "run"
+        self.environment = self.run / "env"
 
     def registry(self, backend: BackendKind) -> Path:
         """The data of PostgreSQL; one backend can't run the engines of another, so each has a registry of its own."""

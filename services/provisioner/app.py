@@ -76,7 +76,9 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         keyring = EngineKeyring(settings.master_keys())
         keys = IdempotencyStore(database, keyring)
         server = GrpcServer(
-            settings.provisioner_listen, [AuthorizationInterceptor(products), IdempotencyInterceptor(keys)]
+            settings.provisioner_listen,
+            [AuthorizationInterceptor(products), IdempotencyInterceptor(keys)],
+            identity=settings.identity(),
         )
         port = server.bind()
         await migrate(url)

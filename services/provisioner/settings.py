@@ -32,7 +32,10 @@ class ProvisionerSettings(CommonSettings):
     """Settings of the Provisioner."""
 
     admin_key: SecretStr = Field(min_length=16, repr=False, description="Key of operators, at least 16 characters.")
-    provisioner_listen: str = Field("127.0.0.1:50052", description="Address that the Provisioner serves gRPC on.")
+    provisioner_listen: str = Field(
+        "127.0.0.1:50052",
+        description="Address that the Provisioner serves gRPC on: `host:port` or `unix:/path`.",
+    )
     node: str = Field(
         "local", min_length=1, description="Name of the host whose backend this is; the same for all who share it."
     )

@@ -1,6 +1,7 @@
 """A gRPC server as both services run it: errors, request ids, health, limits, shutdown."""
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from inspect import isasyncgenfunction
@@ -18,6 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from september.errors.v1 import errors_pb2
 from services.shared.errors import InvalidPlatformKey, InvalidRequest, RateLimited, ServiceError, Unavailable
+from services.shared.tls import UNIX, Identity
 
 ERROR_DOMAIN = "platform.september"
 MAX_REQUEST_BYTES = 64 * 1024
@@ -164,33 +166,52 @@ class AddressTaken(Exception):
         super().__init__(f"{address} is taken, or not an address of this host")
 
 
+def _refuse_if_served(address: str) -> None:
+    """gRPC would take the socket away from a server that lives, like one that the dead have left."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        if probe.connect_ex(address.removeprefix(UNIX)) == 0:
+            raise AddressTaken(address)
+
+
 class GrpcServer:
     """A server with the health service, on one address.
 
     Args:
-        address: `host:port`; port 0 takes a free one.
+        address: `host:port`, where port 0 takes a free one, or `unix:` and the path of a socket.
         interceptors: run after the one that answers errors.
         share_port: with processes that do the same; otherwise a second one on the port fails, and
             does not take part of the traffic.
+        identity: what callers are shown, who must have certificates of the same CA; None for no TLS. A unix
+            socket has none.
     """
 
     def __init__(
-        self, address: str, interceptors: Sequence[grpc.aio.ServerInterceptor] = (), *, share_port: bool = False
+        self,
+        address: str,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
+        *,
+        share_port: bool = False,
+        identity: Identity | None = None,
     ) -> None:
         self._address = address
+        self._identity = identity
         options = (*_OPTIONS, ("grpc.so_reuseport", int(share_port)))
         self._health = health.aio.HealthServicer()
         self.server = grpc.aio.server(interceptors=[StatusInterceptor(), *interceptors], options=options)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.server)
 
     def bind(self) -> int:
-        """Takes the address; returns the port. Calls wait until `start`.
+        """Takes the address; returns the port, if it has one. Calls wait until `start`.
 
         Raises:
             AddressTaken: another process has it, or it is not this host's.
         """
+        if self._address.startswith(UNIX):
+            _refuse_if_served(self._address)
         try:
-            return self.server.add_insecure_port(self._address)
+            if self._identity is None or self._address.startswith(UNIX):
+                return self.server.add_insecure_port(self._address)
+            return self.server.add_secure_port(self._address, self._identity.for_server())
         except RuntimeError as error:
             raise AddressTaken(self._address) from error
 

@@ -4,16 +4,18 @@ A field that is not shown (`repr=False`) is a secret; a file may hold it, named 
 """
 
 import os
+import ssl
 import sys
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
-from pydantic import AfterValidator, Field, SecretStr, ValidationError
+from pydantic import AfterValidator, Field, FilePath, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from services.shared.keys import is_fernet_key
+from services.shared.tls import Certificate, Identity
 
 PREFIX = "ORCH_"
 
@@ -34,10 +36,14 @@ def _connection_string(value: str | None) -> str | None:
     return value
 
 
-class StorageSettings(BaseSettings):
-    """Where the platform keeps what outlives its processes."""
+class PlatformSettings(BaseSettings):
+    """What all settings have in common."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True, hide_input_in_errors=True)
+
+
+class StorageSettings(PlatformSettings):
+    """Where the platform keeps what outlives its processes."""
 
     database_url: Annotated[str | None, AfterValidator(_connection_string)] = Field(
         None,
@@ -47,7 +53,48 @@ class StorageSettings(BaseSettings):
     var_dir: Path = Field(Path("var"), description="Directory of what outlives the processes.")
 
 
-class CommonSettings(StorageSettings):
+class IdentitySettings(PlatformSettings):
+    """By what the parts of the platform know each other, where they are not on one machine."""
+
+    tls_cert_file: FilePath | None = Field(
+        None,
+        description="PEM file of the certificate that other parts of the platform are shown; without it parts speak"
+        " no TLS with each other.",
+    )
+    tls_key_file: FilePath | None = Field(None, description="PEM file of its private key.")
+    tls_ca_file: FilePath | None = Field(
+        None, description="PEM file of the CA that has signed the certificates of all parts."
+    )
+
+    @model_validator(mode="after")
+    def _identity_is_whole(self) -> Self:
+        files = (self.tls_cert_file, self.tls_key_file, self.tls_ca_file)
+        if any(files) and not all(files):
+            raise ValueError("ORCH_TLS_CERT_FILE, ORCH_TLS_KEY_FILE, ORCH_TLS_CA_FILE: all of them or none")
+        identity = self.identity()
+        if identity is not None:
+            check_certificate(identity, "ORCH_TLS_CERT_FILE, ORCH_TLS_KEY_FILE")
+            try:
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(identity.ca)
+            except ssl.SSLError as error:
+                raise ValueError("ORCH_TLS_CA_FILE: is no certificate in PEM") from error
+        return self
+
+    def identity(self) -> Identity | None:
+        if self.tls_cert_file is None or self.tls_key_file is None or self.tls_ca_file is None:
+            return None
+        return Identity(self.tls_cert_file, self.tls_key_file, self.tls_ca_file)
+
+
+def check_certificate(certificate: Certificate, variables: str) -> None:
+    """Raises ValueError, naming the variables, unless the files hold a certificate and its key."""
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate.certificate, certificate.key)
+    except (ssl.SSLError, OSError) as error:
+        raise ValueError(f"{variables}: are no certificate in PEM and its key") from error
+
+
+class CommonSettings(StorageSettings, IdentitySettings):
     """Settings of every service."""
 
     master_key: Annotated[SecretStr, AfterValidator(_fernet_keys)] = Field(

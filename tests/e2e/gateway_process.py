@@ -3,7 +3,7 @@
 import asyncio
 import json
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,18 +85,36 @@ class Lines:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A gateway, as its callers know it."""
+    """A gateway, as its callers know it.
+
+    Args:
+        address: for products.
+        operators: for operators.
+    """
 
     address: str
+    operators: str
 
     async def rest(
-        self, method: str, path: str, body: bytes | None = None, headers: Iterable[tuple[str, str]] = ()
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: Iterable[tuple[str, str]] = (),
+        *,
+        listener: str | None = None,
     ) -> Answer:
+        """Calls where the call belongs, unless told where."""
+        headers = list(headers)
+        if listener is None:
+            shown = {name.lower() for name, _ in headers}
+            is_operators = path.startswith("/products") or ("x-admin-key" in shown and "x-platform-key" not in shown)
+            listener = self.operators if is_operators else self.address
         lines = [f"{method} {path} HTTP/1.1", "host: gateway", "connection: close"]
         lines += [f"{name}: {value}" for name, value in headers]
         if body is not None:
             lines.append(f"content-length: {len(body)}")
-        return await self.raw("\r\n".join([*lines, "", ""]).encode() + (body or b""))
+        return await _exchange(listener, "\r\n".join([*lines, "", ""]).encode() + (body or b""))
 
     @asynccontextmanager
     async def lines(self, path: str, headers: Iterable[tuple[str, str]] = ()) -> AsyncIterator[Lines]:
@@ -169,7 +187,7 @@ async def running_gateway(
         provisioner: `host:port` of the Provisioner.
         edit: changes the configuration: shorter timeouts, smaller limits.
     """
-    config, output, log, admin_file = (directory / name for name in ("envoy.yaml", "stdout", "stderr", "admin"))
+    config, admin_file = directory / "envoy.yaml", directory / "admin"
     environment: Mapping[str, str] = os.environ
     if isinstance(admission, Inside):
         settings = GatewaySettings("127.0.0.1:0", None, provisioner, lane_app=admission.app)
@@ -177,22 +195,43 @@ async def running_gateway(
     else:
         settings = GatewaySettings("127.0.0.1:0", admission, provisioner)
     config.write_text(edit(render(settings)))
+    started = started_gateway([*command(config), "--admin-address-path", str(admin_file)], environment, admin_file)
+    async with started as gateway:
+        yield gateway
+
+
+@asynccontextmanager
+async def started_gateway(
+    command: Sequence[str], environment: Mapping[str, str], admin_file: Path
+) -> AsyncIterator[Gateway]:
+    """Runs a command that becomes a gateway.
+
+    Args:
+        admin_file: to which it writes the address of its admin interface; logs go beside it.
+    """
+    output, log = admin_file.with_name("stdout"), admin_file.with_name("stderr")
     with output.open("wb") as stdout, log.open("wb") as stderr:
         process = await asyncio.create_subprocess_exec(
-            *command(config), "--admin-address-path", str(admin_file),
-            cwd=ROOT, env=environment, stdout=stdout, stderr=stderr,
-        )  # fmt: skip
+            *command, cwd=ROOT, env=environment, stdout=stdout, stderr=stderr
+        )
+
+    def written() -> str:
+        return admin_file.read_text() if admin_file.exists() else ""
 
     async def ready() -> str | None:
         assert process.returncode is None, log.read_text()
-        admin = admin_file.read_text() if admin_file.exists() else ""
+        admin = written()
         return admin if admin and (await _get(admin, "/ready")).status == 200 else None
 
     try:
         admin = await eventually(ready)
         listeners = await _get(admin, "/listeners?format=json")
-        address = json.loads(listeners.body)["listener_statuses"][0]["local_address"]["socket_address"]
-        yield Gateway(f"{address['address']}:{address['port_value']}", admin, output, log, process)
+        sockets = {
+            status["name"]: status["local_address"]["socket_address"]
+            for status in json.loads(listeners.body)["listener_statuses"]
+        }
+        addresses = {name: f"{socket['address']}:{socket['port_value']}" for name, socket in sockets.items()}
+        yield Gateway(addresses["gateway"], addresses["operators"], admin, output, log, process)
         # After a script's error Envoy goes on as if there were no script.
         assert "script log" not in log.read_text()
     finally:

@@ -43,6 +43,7 @@ class Installation:
             "http_proxy": "http://127.0.0.1:9",  # Many hosts have one; it is not for what is on the host.
             "ORCH_VAR_DIR": str(self.var),
             "ORCH_GATEWAY_LISTEN": "127.0.0.1:0",
+            "ORCH_GATEWAY_ADMIN_LISTEN": "127.0.0.1:0",
             "ORCH_ADMISSION_LISTEN": "127.0.0.1:0",
             "ORCH_PROVISIONER_LISTEN": "127.0.0.1:0",
             "ORCH_PORT_MIN": "24000",

@@ -117,7 +117,7 @@ class Callers:
         assert self.canaries.found(text) <= gives, call
 
 
-async def live_a_life(callers: Callers, registry: "psycopg.Connection[Any]", channel: grpc.aio.Channel) -> None:
+async def live_a_life(callers: Callers, registry: "psycopg.Connection[Any]", channels: list[grpc.aio.Channel]) -> None:
     """Every call, as it should be and in every way wrong."""
     rest, admin = callers.rest, callers.admin
     product_id, product = await callers.register(allowed_images=["services.engine", "tests.engines.*"])
@@ -190,7 +190,8 @@ async def live_a_life(callers: Callers, registry: "psycopg.Connection[Any]", cha
 
     for method in UNARY:
         for headers in ([], wrong, swapped, product, admin):
-            await callers.grpc(channel, method, headers)
+            for channel in channels:
+                await callers.grpc(channel, method, headers)
 
     # A registry that is away and back.
     with gone(registry):
@@ -270,11 +271,11 @@ async def test_no_secret_is_where_it_must_not_be(
     up = installation.up("--lane", lane)
     announced = installation.announced()
     canaries.add("platform key", announced["PLATFORM_KEY"])
-    address = announced["REST_URL"].removeprefix("http://")
-    callers = Callers(Endpoint(address), canaries, announced["ADMIN_KEY"])
+    address, operators = (announced[name].removeprefix("http://") for name in ("REST_URL", "ADMIN_URL"))
+    callers = Callers(Endpoint(address, operators), canaries, announced["ADMIN_KEY"])
     with psycopg.connect(database_url, autocommit=True) as registry:
-        async with grpc.aio.insecure_channel(address) as channel:
-            await live_a_life(callers, registry, channel)
+        async with grpc.aio.insecure_channel(address) as channel, grpc.aio.insecure_channel(operators) as admin_channel:
+            await live_a_life(callers, registry, [channel, admin_channel])
     assert callers.codes >= PROVOKED
     assert {name: len(keys) for name, keys in callers.given.items()} == {"platform key": 5, "engine key": 4}
     (tmp_path / "ORCH_MASTER_KEY").write_text(f"{new_master_key},{values['ORCH_MASTER_KEY']}\n")

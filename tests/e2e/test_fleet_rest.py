@@ -305,7 +305,7 @@ async def test_a_wrong_key_is_answered_as_a_missing_one(gateway: Gateway, verb: 
 
 async def test_a_products_key_is_no_operators(product: Caller, admin: Caller) -> None:
     assert await product.error("GET", "/products") == (401, "INVALID_ADMIN_KEY")
-    assert await admin.error("GET", "/engines/u1/history") == (401, "INVALID_PLATFORM_KEY")
+    assert await admin.error("GET", "/engines/u1/history") == (404, "ROUTE_NOT_FOUND")
 
 
 # Who asks, for what, and the parameter that the refusal begins with.

@@ -18,7 +18,7 @@ from september.admission.v1 import admission_service_pb2 as pb
 from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceStub
 from september.engine.v1 import engine_pb2
 from services.cli.gateway import Lane
-from tests.e2e.gateway_process import Inside, running_gateway
+from tests.e2e.gateway_process import Gateway, Inside, running_gateway
 from tests.harness import Clients, Platform, Product, Service
 
 Shared = tuple[Platform, list[Service]]
@@ -53,27 +53,27 @@ def lane(request: pytest.FixtureRequest) -> Lane:
 
 
 @asynccontextmanager
-async def gateway_of(shared: Shared, lane: Lane, directory: Path, admission: Service) -> AsyncIterator[str]:
-    """The address of a gateway with an Admission of its own: behind it, or inside."""
+async def gateway_of(shared: Shared, lane: Lane, directory: Path, admission: Service) -> AsyncIterator[Gateway]:
+    """A gateway with an Admission of its own: behind it, or inside."""
     platform, (provisioner, *_) = shared
     placed: str | Inside = admission.address
     if lane is Lane.FAST:
         environment = {**platform.environment, "ORCH_PROVISIONER_ADDR": provisioner.address}
         placed = Inside("services.admission.lane:app", environment)
     async with running_gateway(directory, placed, provisioner.address) as gateway:
-        yield gateway.address
+        yield gateway
 
 
 @pytest.fixture
-async def first(shared: Shared, lane: Lane, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    async with gateway_of(shared, lane, tmp_path_factory.mktemp("first"), shared[1][1]) as address:
-        yield address
+async def first(shared: Shared, lane: Lane, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gateway]:
+    async with gateway_of(shared, lane, tmp_path_factory.mktemp("first"), shared[1][1]) as gateway:
+        yield gateway
 
 
 @pytest.fixture
-async def second(shared: Shared, lane: Lane, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
-    async with gateway_of(shared, lane, tmp_path_factory.mktemp("second"), shared[1][2]) as address:
-        yield address
+async def second(shared: Shared, lane: Lane, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Gateway]:
+    async with gateway_of(shared, lane, tmp_path_factory.mktemp("second"), shared[1][2]) as gateway:
+        yield gateway
 
 
 @pytest.fixture
@@ -83,19 +83,24 @@ async def session() -> AsyncIterator[aiohttp.ClientSession]:
 
 
 @pytest.fixture
-def rest(session: aiohttp.ClientSession, first: str) -> Rest:
-    return Rest(session, f"http://{first}")
+def rest(session: aiohttp.ClientSession, first: Gateway) -> Rest:
+    return Rest(session, f"http://{first.address}")
 
 
 @pytest.fixture
-def rests(session: aiohttp.ClientSession, rest: Rest, second: str) -> list[Rest]:
+def operators(session: aiohttp.ClientSession, first: Gateway) -> Rest:
+    return Rest(session, f"http://{first.operators}")
+
+
+@pytest.fixture
+def rests(session: aiohttp.ClientSession, rest: Rest, second: Gateway) -> list[Rest]:
     """Two gateways."""
-    return [rest, Rest(session, f"http://{second}")]
+    return [rest, Rest(session, f"http://{second.address}")]
 
 
-async def test_the_first_day_of_a_product(rest: Rest, shared: Shared) -> None:
+async def test_the_first_day_of_a_product(rest: Rest, operators: Rest, shared: Shared) -> None:
     slug = f"p{uuid4().hex[:20]}"
-    status, registered = await rest.call(
+    status, registered = await operators.call(
         "POST",
         "/products/register",
         {"slug": slug, "policy": {"max_engines": 10, "rate_limit_rpm": 600}},
@@ -158,10 +163,10 @@ async def test_health_needs_no_key(rest: Rest) -> None:
 
 
 async def test_fifty_first_admits_over_rest_and_grpc_make_one_engine(
-    rests: list[Rest], clients: Clients, first: str, second: str, shared: Shared
+    rests: list[Rest], clients: Clients, first: Gateway, second: Gateway, shared: Shared
 ) -> None:
     product = await clients.register()
-    channels = [grpc.aio.insecure_channel(address) for address in (first, second)]
+    channels = [grpc.aio.insecure_channel(gateway.address) for gateway in (first, second)]
     stubs = [AdmissionServiceStub(channel) for channel in channels]
 
     async def over_rest(index: int) -> tuple[str, str, str]:
@@ -203,7 +208,7 @@ async def test_a_429_says_when_to_come_back(rest: Rest, clients: Clients) -> Non
 
 @pytest.mark.parametrize("policy", [{"max_engines": 1, "rate_limit": 60}, {"max_engines": 1.5}, {"max_engines": "1"}])
 async def test_a_misspelt_or_mistyped_policy_is_refused_by_name(
-    rest: Rest, clients: Clients, shared: Shared, policy: dict[str, Any]
+    operators: Rest, clients: Clients, shared: Shared, policy: dict[str, Any]
 ) -> None:
     admin: dict[str, Any] = {"x_admin_key": shared[0].admin_key}
     product = await clients.register()
@@ -212,20 +217,20 @@ async def test_a_misspelt_or_mistyped_policy_is_refused_by_name(
         ("POST", "/products/register", {"slug": f"p{uuid4().hex[:20]}", "policy": policy}),
         ("PUT", f"/products/{product.product_id}/policy", policy),
     ):
-        status, answer = await rest.call(method, path, body, **admin)
+        status, answer = await operators.call(method, path, body, **admin)
         assert (status, answer["error"]["code"]) == (400, "INVALID_REQUEST")
         assert answer["error"]["message"].startswith(f"policy.{named}: ")
-    status, answer = await rest.call("PUT", f"/products/{product.product_id}/policy", {"max_engines": 7}, **admin)
+    status, answer = await operators.call("PUT", f"/products/{product.product_id}/policy", {"max_engines": 7}, **admin)
     assert (status, answer["policy"]["max_engines"]) == (200, 7)
     assert "rate_limit_rpm" not in answer["policy"]
 
 
-async def test_a_policy_as_deep_as_a_body_can_be_is_refused(rest: Rest, shared: Shared) -> None:
+async def test_a_policy_as_deep_as_a_body_can_be_is_refused(rest: Rest, operators: Rest, shared: Shared) -> None:
     depth = 15_000
     body = json.dumps({"slug": "deep"})[:-1] + ',"policy":' + '{"a":' * depth + "1" + "}" * depth + "}"
     async with aiohttp.ClientSession() as session:
         headers = {"X-Admin-Key": shared[0].admin_key, "Content-Type": "application/json"}
-        async with session.post(f"{rest.url}/products/register", data=body[:64_000], headers=headers) as answer:
+        async with session.post(f"{operators.url}/products/register", data=body[:64_000], headers=headers) as answer:
             assert answer.status == 400
         assert (await rest.call("GET", "/health"))[0] == 200
 

@@ -7,7 +7,7 @@ from uuid import uuid4
 import pytest
 from docker import APIClient
 
-from services.cli import rest
+from services.cli.rest import Listener
 from services.provisioner.backends.engine_template import INSTALLATION_LABEL
 from tests.e2e.installation import Installation, install, post
 from tests.harness import DEADLINE_S, ROOT
@@ -34,7 +34,7 @@ def network(docker_api: APIClient) -> Iterator[str]:
 def destroy(installation: Installation, user_id: str) -> None:
     shell = installation.announced()
     gateway = shell["REST_URL"].removeprefix("http://")
-    assert rest.call(gateway, "DELETE", f"/engines/{user_id}", {"X-Platform-Key": shell["PLATFORM_KEY"]})[0] == 200
+    assert Listener(gateway).call("DELETE", f"/engines/{user_id}", {"X-Platform-Key": shell["PLATFORM_KEY"]})[0] == 200
 
 
 def test_each_backend_has_users_engines_of_its_own(docker_api: APIClient, network: str, install: Install) -> None:

@@ -5,11 +5,14 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from http.client import HTTPSConnection
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -19,6 +22,7 @@ import pytest
 
 from september.admission.v1.admission_service_pb2 import AdmitRequest
 from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceStub
+from tests.e2e.certificates import make_certificates
 from tests.e2e.installation import Installation, install, post
 from tests.harness import DEADLINE_S, eventually
 
@@ -63,7 +67,14 @@ def test_serves_until_ctrl_c_and_then_leaves_nothing_running(install: Install, l
     up.send_signal(signal.SIGINT)
     assert up.wait(DEADLINE_S) == 0, installation.output.read_text()
     assert installation.processes() == []
-    addresses = [shell["REST_URL"], ada["url"], bob["url"], shell["ADMISSION_ADDR"], shell["PROVISIONER_ADDR"]]
+    addresses = [
+        shell["REST_URL"],
+        shell["ADMIN_URL"],
+        ada["url"],
+        bob["url"],
+        shell["ADMISSION_ADDR"],
+        shell["PROVISIONER_ADDR"],
+    ]
     assert all(is_free(address.removeprefix("http://")) for address in addresses)
 
 
@@ -265,3 +276,28 @@ def test_a_key_that_the_registry_does_not_know_is_replaced(install: Install) -> 
     installation.up()
     assert installation.announced()["PLATFORM_KEY"] not in (lost, f"pk-sept-{'x' * 43}")
     assert installation.admit()["status"] == "running"
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl")
+def test_serves_over_tls_with_parts_that_talk_over_sockets(install: Install, tmp_path: Path) -> None:
+    make_certificates(tmp_path)
+    installation = install(
+        ORCH_GATEWAY_CERT_FILE=str(tmp_path / "public.pem"), ORCH_GATEWAY_KEY_FILE=str(tmp_path / "public.key")
+    )
+    sockets = installation.var.parent / "sockets"
+    sockets.mkdir(0o700)
+    for name in ("ADMISSION", "PROVISIONER"):
+        installation.environment[f"ORCH_{name}_LISTEN"] = f"unix:{sockets}/{name.lower()}"
+    installation.up("--lane", "grpc")
+    shell = installation.announced()
+    trusted = ssl.create_default_context(cafile=tmp_path / "ca.pem")
+    for url in (shell["REST_URL"], shell["ADMIN_URL"]):
+        address = url.removeprefix("https://")
+        connection = HTTPSConnection(address, timeout=DEADLINE_S, context=trusted)
+        connection.request("GET", "/engines", headers={"X-Admin-Key": shell["ADMIN_KEY"]})
+        assert connection.getresponse().status == (200 if url == shell["ADMIN_URL"] else 401)
+        connection.close()
+    # Which asks Admission and the Provisioner.
+    admitted = installation.run("admit", "ada", "--auto-provision")
+    assert admitted.returncode == 0, admitted.stderr
+    assert installation.run("product", "list").returncode == 0

@@ -140,7 +140,7 @@ def test_a_damaged_announcement_is_named(tmp_path: Path, damaged: bytes) -> None
 
 @pytest.mark.parametrize("address", ["", "host", ":7001", "host:", "host:x", "host:70000", "http://host"])
 async def test_an_address_is_host_and_port(tmp_path: Path, address: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"^PROVISIONER_ADDR: .*must be host:port$"):
+    with pytest.raises(InvalidRequest, match=r"^PROVISIONER_ADDR: .*must be host:port or unix:/path$"):
         async with connection(tmp_path, PROVISIONER_ADDR=address).provisioner():
             pass
 

@@ -14,6 +14,7 @@ SECRET = re.compile(r"key|secret|token|password|environment|database_url")
 NO_SECRET = re.compile(
     r"_hash$|page_token$|idempotency\.KeyedCall\.key_id$"  # hashes, places in a list,
     r"|memory\._LookUp\.keys$|engine\.handler\.Engine\.keys$"  # what shows nothing of what is in it,
+    r"|(tls|gateway)_key_file$|tls\.(Certificate|Identity)\.key$"  # where one is,
     r"|ratelimit_share\.Waiter\.token$"  # the right to one admit
 )
 

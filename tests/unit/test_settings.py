@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from services.admission.settings import AdmissionSettings
+from services.cli.settings import EdgeSettings
 from services.provisioner.settings import BackendKind, ProvisionerSettings
-from services.shared.settings import StorageSettings, file_variables, load
+from services.shared.settings import IdentitySettings, StorageSettings, file_variables, load
 
 GOOD = {"ORCH_MASTER_KEY": "A" * 43 + "=", "ORCH_ADMIN_KEY": "a" * 16}
 
@@ -119,3 +120,36 @@ def test_no_secret_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ORCH_DATABASE_URL", "postgresql://september:pass@host/registry")
     shown = repr(load(ProvisionerSettings))
     assert not any(value in shown for value in (*GOOD.values(), ":pass@"))
+
+
+FILES = ("ORCH_TLS_CERT_FILE", "ORCH_TLS_KEY_FILE", "ORCH_TLS_CA_FILE")
+
+
+@pytest.mark.parametrize("given", [FILES[:1], FILES[:2], FILES[1:], FILES])
+def test_an_identity_is_whole_and_of_certificates(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: tuple[str, ...]
+) -> None:
+    (tmp_path / "file").write_text("no certificate")
+    for name in given:
+        monkeypatch.setenv(name, str(tmp_path / "file"))
+    why = "are no certificate in PEM" if given == FILES else "all of them or none"
+    with pytest.raises(SystemExit, match=rf"^ORCH_TLS_CERT_FILE, ORCH_TLS_KEY_FILE.*: {why}"):
+        load(IdentitySettings)
+
+
+def test_a_file_of_a_certificate_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("ORCH_GATEWAY_CERT_FILE", str(tmp_path / "none"))
+    with pytest.raises(SystemExit, match=r"^ORCH_GATEWAY_CERT_FILE: "):
+        load(EdgeSettings)
+    monkeypatch.delenv("ORCH_GATEWAY_CERT_FILE")
+    (tmp_path / "key").touch()
+    monkeypatch.setenv("ORCH_GATEWAY_KEY_FILE", str(tmp_path / "key"))
+    with pytest.raises(SystemExit, match=r"^ORCH_GATEWAY_CERT_FILE, ORCH_GATEWAY_KEY_FILE: both or none$"):
+        load(EdgeSettings)
+
+
+def test_a_socket_has_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORCH_ADMISSION_LISTEN", "unix:/run/admission")
+    monkeypatch.setenv("ORCH_ADMISSION_WORKERS", "2")
+    with pytest.raises(SystemExit, match=r"^ORCH_ADMISSION_WORKERS: "):
+        load(AdmissionSettings)
