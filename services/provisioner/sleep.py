@@ -63,6 +63,9 @@ class FallAsleep:
     async def _freeze(self, operation: Operation, engine: Engine, lease: Lease) -> str | None:
         """Freezes the engine, unless there is a reason not to, which is returned."""
         lease.check()
+        if operation.step is Step.FREEZING and await self._is_frozen(engine):
+            # The looks came before that step; a frozen engine could not answer another.
+            return await self._store.wanted(operation)
         await self._store.set_step(operation, Step.ANNOUNCED)
         reached("sleep.announced")
         # Read after the announcement was committed: whoever looks from now on has seen it.
@@ -91,11 +94,14 @@ class FallAsleep:
         await self._backend.freeze(engine.engine_id)
         reached("sleep.frozen")
         # Not what was asked for is written down, but what has come of it.
-        instance = await self._backend.inspect(engine.engine_id)
-        if instance is None or instance.state is not InstanceState.FROZEN:
+        if not await self._is_frozen(engine):
             return "it could not be frozen"
         lease.check()
         return None
+
+    async def _is_frozen(self, engine: Engine) -> bool:
+        instance = await self._backend.inspect(engine.engine_id)
+        return instance is not None and instance.state is InstanceState.FROZEN
 
     async def _thaw(self, engine: Engine) -> None:
         await self._backend.thaw(engine.engine_id)
