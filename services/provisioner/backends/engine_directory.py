@@ -54,6 +54,7 @@ class EngineDirectory:
         self.volume = self.path / "data"
         self.log = self.path / "engine.log"
         self._marker = self.path / "instance.json"
+        self._trash = self.path.with_suffix(_TRASH_SUFFIX)
 
     @contextmanager
     def locked(self, timeout_s: float) -> Iterator[bool]:
@@ -98,11 +99,14 @@ class EngineDirectory:
 
     def destroy(self) -> None:
         """Removes all of it. Renamed first: half a volume never has the engine's name."""
-        trash = self.path.with_suffix(_TRASH_SUFFIX)
-        _delete(trash)
-        self.path.rename(trash)
+        self.empty_trash()
+        self.path.rename(self._trash)
         reached("process.trashed")
-        _delete(trash)
+        self.empty_trash()
+
+    def empty_trash(self) -> None:
+        """Removes what `destroy` has renamed."""
+        _delete(self._trash)
 
     def _is(self, descriptor: int) -> bool:
         """False if it was thrown away, and perhaps made anew, while we waited for the lock."""
@@ -116,7 +120,7 @@ def engine_directories(root: Path) -> list[EngineDirectory]:
     return [EngineDirectory(root, engine_id) for path in root.iterdir() if (engine_id := _uuid(path.name))]
 
 
-def empty_trash(root: Path) -> None:
+def empty_all_trash(root: Path) -> None:
     """Finishes what a crash in `destroy` left over."""
     for path in root.iterdir():
         if path.suffix == _TRASH_SUFFIX and _uuid(path.stem):

@@ -15,7 +15,7 @@ from services.provisioner.backends.engine_directory import (
     EngineDirectory,
     Marker,
     MarkerState,
-    empty_trash,
+    empty_all_trash,
     engine_directories,
 )
 from services.provisioner.backends.engine_processes import EngineProcess, EngineProcesses
@@ -113,7 +113,7 @@ class ProcessBackend:
 
     def _open(self) -> None:
         self._data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        empty_trash(self._data_dir)
+        empty_all_trash(self._data_dir)
         self._processes.engines()
 
     def _create(self, spec: EngineSpec) -> None:
@@ -212,9 +212,11 @@ class ProcessBackend:
             self._processes.kill(engine_id, self._timeout_s)
             reached("process.killed")
             marker = directory.marker() if there else None
-            if not there or (marker is not None and marker.installation != self._installation):
+            if marker is not None and marker.installation != self._installation:
                 return
-            if volume:
+            if volume and not there:
+                directory.empty_trash()  # Of one that was killed while it removed this.
+            elif volume:
                 directory.destroy()
             elif marker is not None:
                 directory.write(self._marker(marker.generation, MarkerState.REMOVED))
