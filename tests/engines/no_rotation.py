@@ -8,10 +8,10 @@ from services.engine.errors import RouteNotFound
 from services.engine.handler import Handler
 
 
-def _no_such_route(self: Handler, body: bytes) -> Never:
+def no_such_route(self: Handler, body: bytes) -> Never:
     raise RouteNotFound
 
 
 if __name__ == "__main__":
-    Handler._rotate_key = _no_such_route  # type: ignore[method-assign]
+    Handler._rotate_key = no_such_route  # type: ignore[method-assign]
     sys.exit(main())

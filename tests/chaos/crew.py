@@ -1,0 +1,85 @@
+"""Provisioners that are killed and replaced under callers who do not give up."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from grpc_status import rpc_status
+
+from services.shared.failpoints import VARIABLE, Point
+from tests.harness import Clients, Platform, Service, eventually, reason
+
+
+class Crew:
+    """The Provisioners of a platform, with failpoints.
+
+    Args:
+        platform: theirs.
+        pool: size of their warm pool.
+        settings: that each is started with besides.
+    """
+
+    def __init__(self, platform: Platform, *, pool: int = 0, **settings: str) -> None:
+        self.platform = platform
+        self._pool = pool
+        self._links = platform.directory / "failpoints"
+        self._links.mkdir()
+        self._settings = {"ORCH_OPERATION_LEASE_S": "1", VARIABLE: str(self._links), **settings}
+        self._settings["ORCH_WARM_POOL_SIZE"] = str(pool)
+        self._clients: dict[Service, Clients] = {}
+
+    async def muster(self, size: int) -> None:
+        """Starts or ends Provisioners until so many live."""
+        while len(self.living()) > size:
+            last = self.living()[-1]
+            assert await asyncio.to_thread(last.terminate) == 0
+        while len(self.living()) < size:
+            service = await asyncio.to_thread(self.platform.provisioner, **self._settings)
+            self._clients[service] = Clients(self.platform, service.address)
+
+    def living(self) -> list[Service]:
+        return [service for service in self._clients if service.process.poll() is None]
+
+    def clients(self) -> list[Clients]:
+        """Of those that live."""
+        return [self._clients[service] for service in self.living()]
+
+    def is_at_rest(self) -> bool:
+        """Whether nothing is under way, and the pool is full."""
+        pool = self.platform.query("SELECT count(*) FROM engines WHERE product_id IS NULL AND status = 'running'")
+        return self.platform.open_operations() == 0 and pool == [(self._pool,)]
+
+    def break_at(self, point: Point, action: str = "SIGKILL") -> None:
+        """The first Provisioner to come to the point is to do this."""
+        (self._links / point).symlink_to(action)
+
+    async def death_of_one(self, point: Point) -> None:
+        """Waits until a Provisioner has been killed at the point."""
+        size = len(self.living())
+        await asyncio.to_thread(eventually, lambda: len(self.living()) < size, f"one is killed at {point}")
+
+    async def told(self, call: Callable[[Clients], Any], refusal: str | None = None) -> Any:
+        """The answer of a call that is made again, wherever somebody lives, until it has one.
+
+        Args:
+            call: makes it, with its idempotency key.
+            refusal: code of the error that is the right answer; it is answered with None.
+        """
+        async with asyncio.timeout(90):
+            while True:
+                for clients in self.clients():
+                    try:
+                        return await call(clients)
+                    except grpc.aio.AioRpcError as error:
+                        # Without details it was never answered.
+                        answered = rpc_status.from_call(error) is not None  # type: ignore[arg-type]
+                        if answered and reason(error) == refusal:
+                            return None
+                        if answered and reason(error) != "UNAVAILABLE":
+                            raise
+                await asyncio.sleep(0.05)
+
+    async def close(self) -> None:
+        for clients in self._clients.values():
+            await clients.close()

@@ -1,0 +1,116 @@
+"""SIGKILL at every failpoint of every operation: the next Provisioner finishes it, and nothing is lost or left over."""
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+from services.shared.failpoints import Point
+from tests.chaos.crew import Crew
+from tests.chaos.operations import ELSEWHERE, OPERATIONS, Case, cases
+from tests.chaos.oracle import oracle
+from tests.chaos.score_card import SEEDS, Score
+from tests.chaos.subject import Subject
+from tests.harness import Product, eventually, new_database, running_platform
+
+pytestmark = pytest.mark.early
+
+RECONCILE_S = 2
+SETTINGS = {
+    "ORCH_RECONCILE_INTERVAL_S": str(RECONCILE_S),
+    "ORCH_HEALTH_CHECK_INTERVAL_S": "1",
+    "ORCH_HEALTH_MAX_FAILURES": "1",
+    "ORCH_RESTART_BACKOFF_BASE_S": "0.1",
+    "ORCH_RESTART_MAX_ATTEMPTS": "2",
+    "ORCH_SLEEP_CHECK_INTERVAL_S": "0.2",
+    "ORCH_PORT_MIN": "28000",
+    "ORCH_PORT_MAX": "28999",
+}
+
+
+def test_no_failpoint_is_forgotten() -> None:
+    tried = {case for seed in SEEDS for case in cases(seed)}
+    assert {case.point for case in tried} | ELSEWHERE == set(get_args(Point))
+    assert tried == {Case(name, point) for name, operation in OPERATIONS.items() for point in operation.points}
+
+
+async def test_a_provisioner_killed_at_any_failpoint_is_followed_by_one_that_finishes(
+    seed: int, extent: Callable[[int, int], int], score: Score, postgres_url: str, tmp_path: Path
+) -> None:
+    chance = random.Random(seed)
+    tried = cases(seed)
+    tried = chance.sample(tried, extent(6, len(tried)))
+    settled_s: list[float] = []
+    lost: Counter[str] = Counter()
+    for pool in (False, True):
+        here = [case for case in tried if OPERATIONS[case.operation].pool is pool]
+        if not here:
+            continue
+        directory = tmp_path / ("pool" if pool else "cold")
+        directory.mkdir()
+        with running_platform(new_database(postgres_url), directory, **SETTINGS) as platform:
+            crew = Crew(platform, pool=int(pool))
+            try:
+                await kills(crew, here, chance, settled_s, lost)
+            finally:
+                await crew.close()
+    settled_s.sort()
+    p99_s = settled_s[-(-len(settled_s) * 99 // 100) - 1]
+    volumes = lost.pop("volume", 0)
+    score("kill -9 at every failpoint, of each process and of dockerd", f"{len(settled_s)} kills", True)
+    score("convergence after a kill, p99", f"{p99_s:.1f} s", p99_s <= RECONCILE_S + 5)
+    score("acknowledged operations lost; volumes lost", f"{lost.total()}; {volumes}", not (lost or volumes))
+    assert (lost, volumes) == (Counter(), 0)
+    assert p99_s <= RECONCILE_S + 5
+
+
+async def kills(
+    crew: Crew, tried: Sequence[Case], chance: random.Random, settled_s: list[float], lost: Counter[str]
+) -> None:
+    """Tries the cases, each with a second Provisioner beside, or with a new one afterwards; two engines look on."""
+    await crew.muster(1)
+    product = await crew.clients()[0].register(allowed_images=["services.engine", "tests.engines.*"])
+    awake, asleep = Subject(crew, product), Subject(crew, product)
+    await asyncio.gather(awake.prepare("Provision"), asleep.prepare("Provision", "Sleep"))
+    for case in tried:
+        seconds, missed = await survived(crew, product, case, both_live=chance.random() < 0.5)
+        print(f"{case.operation}, {case.point}: {seconds:.1f} s {missed}")
+        settled_s.append(seconds)
+        lost.update(missed)
+    await crew.muster(1)
+    await asleep.call("Wake")
+    lost.update(await awake.lost() + await asleep.lost())
+    await asyncio.gather(awake.end(), asleep.end())
+
+
+async def survived(crew: Crew, product: Product, case: Case, *, both_live: bool) -> tuple[float, list[str]]:
+    """Seconds from the kill until all was settled, and what was lost.
+
+    Args:
+        both_live: a second Provisioner lives already; otherwise one is started after the kill.
+    """
+    operation = OPERATIONS[case.operation]
+    await crew.muster(1 + both_live)
+    await asyncio.to_thread(eventually, crew.is_at_rest, "nothing is under way", 60)
+    subject = Subject(crew, product, operation.image)
+    await subject.prepare(*operation.prepared)
+    crew.break_at(case.point)
+    if operation.happens:
+        await subject.prepare(operation.happens)
+    async with asyncio.TaskGroup() as group:
+        if operation.call:
+            group.create_task(subject.call(operation.call, operation.refusal))
+        await crew.death_of_one(case.point)
+        killed = time.monotonic()
+        await crew.muster(1)
+        await asyncio.to_thread(eventually, lambda: subject.is_settled(operation.after), f"{case} is settled", 60)
+        settled_s = time.monotonic() - killed
+    oracle(crew.platform)
+    lost = await subject.lost()
+    await subject.end()
+    return settled_s, lost
