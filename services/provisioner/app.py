@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from uuid import UUID, uuid4
 
@@ -41,6 +41,7 @@ from services.provisioner.store.feed import FeedStore
 from services.provisioner.store.fleet import FleetStore
 from services.provisioner.store.health import HealthStore
 from services.provisioner.store.idempotency import IdempotencyStore
+from services.provisioner.store.idle import IdleStore
 from services.provisioner.store.installation import installation_id
 from services.provisioner.store.intents import IntentStore
 from services.provisioner.store.loop_leases import LoopLease
@@ -52,11 +53,10 @@ from services.provisioner.store.reconcile import ReconcileStore
 from services.provisioner.store.warm_pool import WarmPoolStore
 from services.provisioner.watching import Watching
 from services.shared import embedded_postgres
-from services.shared.errors import Unavailable
 from services.shared.grpc_server import GrpcServer
 from services.shared.keys import EngineKeyring
 from services.shared.loops import Broadcast, supervise
-from services.shared.postgres import Database
+from services.shared.postgres import Connections, Database
 from services.shared.service import background
 
 log = structlog.get_logger(__name__)
@@ -98,18 +98,28 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         url_of = _network_url if settings.engine_url_mode is UrlMode.NETWORK else _host_url
         owner = uuid4()
 
-        leases: list[LoopLease] = []
-        stack.push_async_callback(_release, leases)
-
         def lease(loop: str) -> LoopLease:
-            """For a loop that one Provisioner of this node runs at a time."""
-            leases.append(LoopLease(database, f"{loop}:{settings.node}", owner))
-            return leases[-1]
+            """For a loop that one Provisioner runs at a time."""
+            return LoopLease(database, loop, owner, settings.operation_lease_s)
+
+        filling, sleeping, probing, reconciling = (
+            lease(f"{loop}:{settings.node}") for loop in ("warm_pool", "sleeper", "health", "reconciler")
+        )
+        keeping = lease("housekeeping")
 
         restarts = RestartPolicy(
             settings.restart_backoff_base_s, settings.restart_backoff_max_s, settings.restart_max_attempts
         )
-        intents = IntentStore(database, node=settings.node, platform_image=settings.image, ports=ports, url_of=url_of)
+
+        def intents_of(registry: Connections) -> IntentStore:
+            return IntentStore(registry, node=settings.node, platform_image=settings.image, ports=ports, url_of=url_of)
+
+        def records_of(registry: Connections) -> HealthStore:
+            return HealthStore(
+                registry, node=settings.node, max_failures=settings.health_max_failures, restarts=restarts
+            )
+
+        intents = intents_of(database)
         operations = OperationStore(
             database,
             owner=owner,
@@ -145,9 +155,9 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         )
         warm_pool = WarmPool(
             WarmPoolStore(database, intents, node=settings.node),
+            WarmPoolStore(filling, intents, node=settings.node),
             backend,
             engines,
-            lease("warm_pool"),
             lambda: Newborn.of(settings.image, keyring),
             image=settings.image,
             size=settings.warm_pool_size,
@@ -159,34 +169,26 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         )
 
         sleeper = Sleeper(
-            operations,
-            intents,
+            IdleStore(sleeping, node=settings.node, stale_ok_s=settings.stale_ok_s),
+            intents_of(sleeping),
             backend,
             engines,
-            lease("sleeper").leads,
             interval_s=settings.sleep_check_interval_s,
             deep_sleep_after_s=settings.deep_sleep_after_s,
         )
-        records = HealthStore(
-            database, node=settings.node, max_failures=settings.health_max_failures, restarts=restarts
-        )
-        health = Health(records, backend, engines, lease("health").leads, interval_s=settings.health_check_interval_s)
-        restarter = Restarter(records, intents, backend)
-        reconciler = Reconciler(
-            ReconcileStore(database, node=settings.node),
-            intents,
-            backend,
-            lease("reconciler").leads,
-            interval_s=settings.reconcile_interval_s,
-        )
+        health = Health(records_of(probing), backend, engines, interval_s=settings.health_check_interval_s)
+        restarter = Restarter(records_of(database), intents, backend)
+
+        def reconciler_of(registry: Connections) -> Reconciler:
+            rows = ReconcileStore(registry, node=settings.node)
+            return Reconciler(rows, intents_of(registry), backend, interval_s=settings.reconcile_interval_s)
 
         audit, fleet = AuditStore(database), FleetStore(database)
         housekeeping = Housekeeping(
-            LoopLease(database, "housekeeping", owner),
-            audit,
-            fleet,
-            FeedStore(database),
-            keys,
+            AuditStore(keeping),
+            FleetStore(keeping),
+            FeedStore(keeping),
+            IdempotencyStore(keeping, keyring),
             audit_retention_days=settings.audit_retention_days,
         )
 
@@ -200,8 +202,9 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
                 watch.wake()
             changes.give()
 
-        # Before anybody is served: engines may have ended while nobody looked.
-        await reconciler.tick()
+        # Before anybody is served: engines may have ended while nobody looked. A first look removes nothing, and
+        # what it begins is decided anew under each engine's lock; so it does not matter who leads meanwhile.
+        await reconciler_of(database).tick()
         await stack.enter_async_context(
             background(
                 supervise(
@@ -209,12 +212,12 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
                     watch=watch.run(),
                     listener=database.listen("operations", wake),
                     steps_listener=database.listen("steps", lambda _: changes.give()),
-                    sleeper=sleeper.run(),
-                    health=health.run(),
+                    sleeper=sleeping.lead(sleeper.run),
+                    health=probing.lead(health.run),
                     restarter=restarter.run(),
-                    warm_pool=warm_pool.run(),
-                    reconciler=reconciler.run(),
-                    housekeeping=housekeeping.run(),
+                    warm_pool=filling.lead(warm_pool.run),
+                    reconciler=reconciling.lead(reconciler_of(reconciling).run),
+                    housekeeping=keeping.lead(housekeeping.run),
                 )
             )
         )
@@ -244,13 +247,6 @@ def _host_url(engine_id: UUID, port: int) -> str:
 
 def _network_url(engine_id: UUID, port: int) -> str:
     return f"http://engine-{engine_id}:8000"
-
-
-async def _release(leases: Sequence[LoopLease]) -> None:
-    # They run out by themselves, if the registry is gone; then it is waited for once, not by each.
-    for failure in await asyncio.gather(*(lease.release() for lease in leases), return_exceptions=True):
-        if isinstance(failure, BaseException) and not isinstance(failure, Unavailable):
-            raise failure
 
 
 async def _stop_engines(backend: Backend) -> None:

@@ -3,8 +3,8 @@
 import asyncio
 import select
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
-from typing import Any
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from typing import Any, Protocol
 
 import psycopg
 import structlog
@@ -29,6 +29,13 @@ _CONNECTION_PARAMETERS: dict[str, Any] = {
     "tcp_user_timeout": 10_000,
     "options": "-c statement_timeout=10s -c lock_timeout=5s -c idle_in_transaction_session_timeout=15s -c timezone=UTC",
 }
+
+
+class Connections(Protocol):
+    """What most stores need of a database; see there."""
+
+    def connection(self) -> AbstractAsyncContextManager[Connection]: ...
+    def transaction(self) -> AbstractAsyncContextManager[Connection]: ...
 
 
 class Database:

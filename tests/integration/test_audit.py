@@ -15,7 +15,6 @@ from services.provisioner.store.audit import AuditStore
 from services.provisioner.store.feed import FeedStore
 from services.provisioner.store.fleet import FleetStore
 from services.provisioner.store.idempotency import IdempotencyStore
-from services.provisioner.store.loop_leases import LoopLease
 from services.provisioner.store.migrations import migrate
 from services.shared.errors import Unavailable
 from services.shared.keys import EngineKeyring
@@ -68,9 +67,8 @@ def months(query: Query) -> list[tuple[str, int]]:
     return query("SELECT tableoid::regclass::text, count(*) FROM audit_events GROUP BY 1 ORDER BY 1")
 
 
-def housekeeping(database: Database, owner: UUID | None = None, *, days: int = 400) -> Housekeeping:
+def housekeeping(database: Database, *, days: int = 400) -> Housekeeping:
     return Housekeeping(
-        LoopLease(database, "housekeeping", owner or uuid4()),
         AuditStore(database),
         FleetStore(database),
         FeedStore(database),
@@ -157,9 +155,7 @@ async def test_a_writer_in_the_way_postpones_the_dropping_and_nothing_else(
             await AuditStore(database).drop_partitions(400)
         writer.commit()
     await housekeeping(database).tick()
-    # Another process than the one that had the lease: nothing yet.
-    assert ("audit_events_2020_02", 1) in months(query)
-    assert await AuditStore(database).drop_partitions(400) == ["audit_events_2020_02"]
+    assert ("audit_events_2020_02", 1) not in months(query)
 
 
 async def test_events_from_before_the_months_are_kept(database_url: str) -> None:
@@ -276,44 +272,6 @@ async def test_counts_stay_exact_while_they_are_folded(query: Query, database: D
     assert await fleet.counts(product_ids[0]) == {"engines:running": 150}
 
 
-async def test_of_all_who_want_a_lease_one_has_it(database: Database) -> None:
-    leases = [LoopLease(database, "loop", uuid4()) for _ in range(16)]
-    terms = await asyncio.gather(*(lease.hold(60) for lease in leases))
-    assert sorted(terms, key=lambda term: term is None) == [1, *[None] * 15]
-    holder = leases[terms.index(1)]
-    assert await holder.hold(60) == 1
-    assert await LoopLease(database, "another loop", uuid4()).hold(60) == 1
-
-
-async def test_a_lease_changes_hands_when_released_or_run_out_and_its_term_grows(
-    query: Query, database: Database
-) -> None:
-    first, second = LoopLease(database, "loop", uuid4()), LoopLease(database, "loop", uuid4())
-    assert await first.hold(60) == 1
-    await second.release()
-    assert await second.hold(60) is None
-    await first.release()
-    assert await second.hold(60) == 2
-    assert await first.hold(60) is None
-    query("UPDATE loop_leases SET lease_until = clock_timestamp()")
-    assert await second.hold(60) == 2
-    query("UPDATE loop_leases SET lease_until = clock_timestamp()")
-    assert await first.hold(60) == 3
-
-
-async def test_one_process_keeps_the_house_and_another_takes_over(query: Query, database: Database) -> None:
-    product_id = add_product(query)
-    owner = uuid4()
-    first, second = housekeeping(database, owner), housekeeping(database)
-    await first.tick()
-    deny(query, product_id, minutes_ago=5, denials=1)
-    await second.tick()
-    assert query("SELECT count(*) FROM admit_denials") == [(1,)]
-    await LoopLease(database, "housekeeping", owner).release()
-    await second.tick()
-    assert query("SELECT count(*) FROM admit_denials") == [(0,)]
-
-
 async def test_housekeeping_goes_on_after_the_registry_was_away(
     query: Query, database_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,7 +288,6 @@ async def test_housekeeping_goes_on_after_the_registry_was_away(
         loop.cancel()
         await asyncio.wait([loop])
         assert loop.cancelled()
-        assert query("SELECT lease_until < clock_timestamp() FROM loop_leases") == [(True,)]
     finally:
         await database.close()
 

@@ -127,10 +127,7 @@ async def scene(platform: Platform, connect: Connect) -> AsyncIterator[Scene]:
         url_of=lambda engine_id, port: "",
     )
 
-    async def leads() -> bool:
-        return True
-
-    reconciler = Reconciler(ReconcileStore(database, node="local"), intents, backend, leads, interval_s=3600)
+    reconciler = Reconciler(ReconcileStore(database, node="local"), intents, backend, interval_s=3600)
     yield Scene(platform, clients, await clients.register(), backend, reconciler)
     await database.close()
     await backend.close()

@@ -1,7 +1,7 @@
 """Probes engines, and fails those that are no longer well.
 
-Invariant: what a probe says counts once, and only for the run of the engine that was probed; so two
-processes that both take themselves for the leader do no harm.
+Invariant: what a probe says counts once, and only for the run of the engine that was probed, and
+within the term of the process that probed it.
 
 The backend has the first word on an engine that does not answer: if its instance has ended, the
 engine is failed at once. If many instances run and do not answer, it is the prober that is ill, and
@@ -11,7 +11,7 @@ nothing is counted.
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Collection
 from typing import Protocol
 from uuid import UUID
 
@@ -19,6 +19,7 @@ import structlog
 
 from services.provisioner.backends.base import Backend, InstanceState
 from services.provisioner.domain.health import Patient, prober_is_ill
+from services.provisioner.domain.operation import LeaseLost
 from services.provisioner.ports import EngineClient
 from services.shared.errors import ServiceError
 from services.shared.failpoints import reached
@@ -41,7 +42,6 @@ class Health:
     records: where it is written how engines are.
     backend: knows whether an instance runs.
     engines: asks engines how they are.
-    leads: whether this process is the one that runs the loop now.
     interval_s: seconds from one sweep to the next.
     """
 
@@ -50,27 +50,23 @@ class Health:
         records: Records,
         backend: Backend,
         engines: EngineClient,
-        leads: Callable[[], Awaitable[bool]],
         *,
         interval_s: float,
     ) -> None:
         self._records = records
         self._backend = backend
         self._engines = engines
-        self._leads = leads
         self._interval_s = interval_s
 
     async def run(self) -> None:
-        pause = self._interval_s
         while True:
-            await asyncio.sleep(pause * random.uniform(1 - _SPREAD, 1 + _SPREAD))  # noqa: S311
             begun = time.monotonic()
             try:
-                if await self._leads():
-                    await self.tick()
+                await self.tick()
             except ServiceError as error:
                 log.warning("health_postponed", reason=error.message)
             pause = max(self._interval_s - (time.monotonic() - begun), 0)
+            await asyncio.sleep(pause * random.uniform(1 - _SPREAD, 1 + _SPREAD))  # noqa: S311
 
     async def tick(self) -> None:
         """One sweep over all running engines.
@@ -120,6 +116,8 @@ class Health:
         try:
             failed = await self._records.mark_ill(patient, reason, ended=ended)
             reached("health.marked")
+        except LeaseLost:
+            raise
         except Exception:
             log.exception("engine_skipped", engine_id=str(patient.engine_id))
         else:

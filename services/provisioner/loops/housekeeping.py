@@ -1,12 +1,11 @@
 """Keeps the registry's own house: the audit log's months, its denials, old operations, counts, the feed, old keys.
 
-Invariant: everything here may be done twice, or by two at once, and may be left for later: what
-is behind only takes more room or more time to read. So one process does it, and needs no term.
+Invariant: everything here may be done twice, and may be left for later: what is behind only takes
+more room or more time to read.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
 from typing import Protocol
 
 import structlog
@@ -16,12 +15,6 @@ from services.shared.errors import Unavailable
 log = structlog.get_logger(__name__)
 
 _PERIOD_S = 20.0
-_LEASE_S = 60.0
-
-
-class Lease(Protocol):
-    async def hold(self, lease_s: float) -> int | None: ...
-    async def release(self) -> None: ...
 
 
 class Audit(Protocol):
@@ -45,7 +38,6 @@ class IdempotencyKeys(Protocol):
 
 class Housekeeping:
     """Args:
-    lease: lets one process at a time do it.
     audit: the audit log.
     counts: the fleet's counts.
     feed: the change feed.
@@ -55,7 +47,6 @@ class Housekeeping:
 
     def __init__(
         self,
-        lease: Lease,
         audit: Audit,
         counts: Counts,
         feed: Feed,
@@ -63,7 +54,6 @@ class Housekeeping:
         *,
         audit_retention_days: int,
     ) -> None:
-        self._lease = lease
         self._audit = audit
         self._counts = counts
         self._feed = feed
@@ -71,21 +61,12 @@ class Housekeeping:
         self._audit_retention_days = audit_retention_days
 
     async def run(self) -> None:
-        try:
-            while True:
-                try:
-                    await self.tick()
-                except Unavailable:
-                    log.warning("housekeeping_postponed")
-                await asyncio.sleep(_PERIOD_S)
-        finally:
-            with suppress(Unavailable):
-                await self._lease.release()
+        while True:
+            await self.tick()
+            await asyncio.sleep(_PERIOD_S)
 
     async def tick(self) -> None:
-        """Does all that there is to do, if no other process is at it."""
-        if await self._lease.hold(_LEASE_S) is None:
-            return
+        """Does all that there is to do."""
         chores: tuple[Callable[[], Awaitable[None]], ...] = (
             self._make_months,
             self._drop_months,

@@ -10,7 +10,7 @@ the registry that is not the right one. Their volumes stay, unless their destroy
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Collection, Set
 from dataclasses import dataclass
 from typing import Protocol
 from uuid import UUID
@@ -20,7 +20,7 @@ import structlog
 from services.provisioner.backends.base import Backend, InstanceState
 from services.provisioner.domain.engine import EngineStatus
 from services.provisioner.domain.intent import Pending
-from services.provisioner.domain.operation import OperationKind
+from services.provisioner.domain.operation import LeaseLost, OperationKind
 from services.provisioner.domain.registered import Registered
 from services.shared.errors import ServiceError
 from services.shared.failpoints import reached
@@ -84,7 +84,6 @@ class Reconciler:
     rows: what the registry says.
     intents: writes the operations.
     backend: what exists.
-    leads: whether this process is the one that runs the loop now.
     interval_s: seconds between two passes.
     """
 
@@ -93,28 +92,24 @@ class Reconciler:
         rows: Rows,
         intents: Begin,
         backend: Backend,
-        leads: Callable[[], Awaitable[bool]],
         *,
         interval_s: float,
     ) -> None:
         self._rows = rows
         self._intents = intents
         self._backend = backend
-        self._leads = leads
         self._interval_s = interval_s
-        self._strays: set[UUID] = set()
+        self._strays: Set[UUID] = frozenset()
 
     async def run(self) -> None:
-        pause = self._interval_s
         while True:
-            await asyncio.sleep(pause)
             pause = self._interval_s
             try:
-                if await self._leads():
-                    await self.tick()
+                await self.tick()
             except ServiceError as error:
                 log.warning("reconcile_postponed", reason=error.message)
                 pause = min(self._interval_s, _RETRY_S)
+            await asyncio.sleep(pause)
 
     async def tick(self) -> None:
         """One pass over all engines of the node.
@@ -130,7 +125,7 @@ class Reconciler:
             await self._repair(unlike, await self._states())
         unregistered = states.keys() - {row.engine_id for row in rows}
         strays = await self._rows.unknown(unregistered) if unregistered else {}
-        await self._remove(strays, among=len(states))
+        await self._remove(strays.keys(), among=len(states))
 
     async def _states(self) -> dict[UUID, InstanceState]:
         return {instance.engine_id: instance.state for instance in await self._backend.list()}
@@ -148,30 +143,33 @@ class Reconciler:
                     )
                 else:
                     await self._rows.set_deep_asleep(row.engine_id, repair.change)
+            except LeaseLost:
+                raise
             except Exception:
                 log.exception("engine_skipped", engine_id=str(row.engine_id))
             else:
                 reached("reconcile.begun")
 
-    async def _remove(self, strays: dict[UUID, bool], *, among: int) -> None:
-        """Removes the strays that the pass before has seen too, unless they are too many.
-
-        Args:
-            strays: each with whether its volume is to go as well.
-            among: how many instances there are.
-        """
-        for engine_id in strays.keys() - self._strays:
+    async def _remove(self, strays: Set[UUID], *, among: int) -> None:
+        """Removes the strays that the pass before has seen too, unless they are too many of all instances."""
+        for engine_id in strays - self._strays:
             log.warning("stray_seen", engine_id=str(engine_id))
-        doomed = {engine_id: volume for engine_id, volume in strays.items() if engine_id in self._strays}
-        self._strays = set(strays)
+        doomed = strays & self._strays
+        self._strays = strays
         if len(doomed) > max(_FEW, _MOST_REMOVED * among):
             log.error("reconcile_brake", strays=len(doomed), instances=among)
             return
-        for engine_id, volume in doomed.items():
+        for engine_id in doomed:
             try:
-                await self._backend.remove(engine_id, volume=volume)
+                # As late as can be: is it unknown still, and the pass still ours to make?
+                still = await self._rows.unknown([engine_id])
+                if engine_id not in still:
+                    continue
+                await self._backend.remove(engine_id, volume=still[engine_id])
                 reached("reconcile.removed")
+            except LeaseLost:
+                raise
             except Exception:
                 log.exception("stray_skipped", engine_id=str(engine_id))
             else:
-                log.warning("stray_removed", engine_id=str(engine_id), volume=volume)
+                log.warning("stray_removed", engine_id=str(engine_id), volume=still[engine_id])

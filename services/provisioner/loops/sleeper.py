@@ -8,7 +8,6 @@ have not moved from one look to the next.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Protocol
 from uuid import UUID
 
@@ -46,7 +45,6 @@ class Sleeper:
     intents: writes the operations.
     backend: knows the counters.
     engines: asks engines whether they are at work.
-    leads: whether this process is the one that runs the loop now.
     interval_s: seconds between two looks.
     deep_sleep_after_s: seconds of sleep after which an engine is stopped.
     """
@@ -57,7 +55,6 @@ class Sleeper:
         intents: Begin,
         backend: Backend,
         engines: EngineClient,
-        leads: Callable[[], Awaitable[bool]],
         *,
         interval_s: float,
         deep_sleep_after_s: float,
@@ -66,19 +63,19 @@ class Sleeper:
         self._intents = intents
         self._backend = backend
         self._engines = engines
-        self._leads = leads
         self._interval_s = interval_s
         self._deep_sleep_after_s = deep_sleep_after_s
         self._before: dict[UUID, Usage] = {}
 
     async def run(self) -> None:
+        # What was seen in an earlier term is too old.
+        self._before = {}
         while True:
-            await asyncio.sleep(self._interval_s)
             try:
-                if await self._leads():
-                    await self.tick()
+                await self.tick()
             except ServiceError as error:
                 log.warning("sleeper_postponed", reason=error.message)
+            await asyncio.sleep(self._interval_s)
 
     async def tick(self) -> None:
         """One look at all candidates."""

@@ -39,8 +39,6 @@ _ANSWER_S = 1.0
 _FRESH_S = 0.25
 # A caller who has waited for so long is better served by a boot.
 _SEARCH_S = 2.0
-# Held on from look to look: whoever is told otherwise would drain what this one fills.
-_LEASE_S = 3 * _LOOK_EVERY_S
 _FAILED = EngineStatus.FAILED
 
 
@@ -56,16 +54,12 @@ class Members(Protocol):
     async def drop(self, member: Member) -> None: ...
 
 
-class Lease(Protocol):
-    async def hold(self, lease_s: float) -> int | None: ...
-
-
 class WarmPool:
     """Args:
-    members: the pool in the registry.
+    members: the pool in the registry, for claims.
+    led: the same, for the loop that one process runs at a time.
     backend: knows what runs.
     engines: asks engines how they are.
-    lease: lets one process at a time fill and drain.
     make: makes a member that is to be booted.
     image: what members run; those of another are drained.
     size: how many members there are to be.
@@ -75,9 +69,9 @@ class WarmPool:
     def __init__(
         self,
         members: Members,
+        led: Members,
         backend: Backend,
         engines: EngineClient,
-        lease: Lease,
         make: Callable[[], Newborn],
         *,
         image: str,
@@ -85,9 +79,9 @@ class WarmPool:
         most_booting: int,
     ) -> None:
         self._members = members
+        self._led = led
         self._backend = backend
         self._engines = engines
-        self._lease = lease
         self._make = make
         self._image = image
         self._size = size
@@ -118,7 +112,7 @@ class WarmPool:
                 except ServiceError:
                     continue
                 if not current:
-                    await self._drop(member, "it had ended, or its image is another now")
+                    await _drop(self._members, member, "it had ended, or its image is another now")
                 if not (current and well):
                     # One that is only silent may be well on a machine that is not: the next look at all tells.
                     continue
@@ -155,22 +149,22 @@ class WarmPool:
             PortExhaustion: there is no port for one more member.
             Unavailable: registry or backend can't be reached.
         """
-        members = await self._members.members()
+        members = await self._led.members()
         if not members and not self._size:
             return
         good = [one for one in members if one.image == self._image and one.status != _FAILED and not one.stuck]
         kept = good[: self._size]
         complete = len(members) == len(kept) == self._size
         look = time.monotonic() >= self._look_at
-        if (complete and not look) or await self._lease.hold(_LEASE_S) is None:
+        if complete and not look:
             return
         for member in members:
             if member not in kept:
-                await self._drop(member, "it is not to stay")
+                await _drop(self._led, member, "it is not to stay")
         if look:
             self._look_at = time.monotonic() + _LOOK_EVERY_S
             await self._examine([one for one in kept if one.status == EngineStatus.RUNNING])
-        while await self._members.refill(self._make, size=self._size, most_booting=self._most_booting):
+        while await self._led.refill(self._make, size=self._size, most_booting=self._most_booting):
             reached("pool.refilled")
 
     async def _examine(self, ready: list[Member]) -> None:
@@ -178,11 +172,11 @@ class WarmPool:
         ended = [member for member, look in zip(ready, looks, strict=True) if look is not None and not look[0]]
         silent = [member for member, look in zip(ready, looks, strict=True) if look == (True, False)]
         for member in ended:
-            await self._drop(member, "it had ended, or its image is another now")
+            await _drop(self._led, member, "it had ended, or its image is another now")
         if prober_is_ill(len(silent), len(ready)):
             return
         for member in silent:
-            await self._drop(member, "it did not answer well")
+            await _drop(self._led, member, "it did not answer well")
 
     async def _looked(self, member: Member) -> tuple[bool, bool] | None:
         """A look; None if the backend can't tell of this one now."""
@@ -208,7 +202,8 @@ class WarmPool:
         except TimeoutError:
             return False
 
-    async def _drop(self, member: Member, reason: str) -> None:
-        log.info("warm_engine_dropped", engine_id=str(member.engine_id), reason=reason)
-        await self._members.drop(member)
-        reached("pool.dropped")
+
+async def _drop(members: Members, member: Member, reason: str) -> None:
+    log.info("warm_engine_dropped", engine_id=str(member.engine_id), reason=reason)
+    await members.drop(member)
+    reached("pool.dropped")

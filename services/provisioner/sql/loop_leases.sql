@@ -10,6 +10,12 @@ SET owner = excluded.owner,
 WHERE loop_leases.owner = excluded.owner OR loop_leases.lease_until <= clock_timestamp()
 RETURNING term
 
+-- name: lock_term
+-- Until the transaction's end whoever wants the lease waits for the row, also once it has run out.
+SELECT FROM loop_leases
+WHERE name = %(name)s AND owner = %(owner)s AND term = %(term)s AND lease_until > clock_timestamp()
+FOR SHARE
+
 -- name: release
 -- The row stays, and its term with it: a term that begins anew would let an old holder pass for the new one.
 UPDATE loop_leases SET lease_until = '-infinity' WHERE name = %(name)s AND owner = %(owner)s

@@ -5,7 +5,7 @@ from dataclasses import asdict
 from services.provisioner.domain.audit import AuditEvent, AuditFilter
 from services.provisioner.store.keyset import page
 from services.provisioner.store.rows import load_sql
-from services.shared.postgres import Database
+from services.shared.postgres import Connections
 
 _SQL = load_sql("audit")
 _DROP_BATCH = 1000
@@ -14,7 +14,7 @@ _AFTER_ALL = 2**63 - 1
 
 
 class AuditStore:
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Connections) -> None:
         self._database = database
 
     async def events(self, wanted: AuditFilter, *, before: int | None, limit: int) -> list[AuditEvent]:
@@ -48,15 +48,15 @@ class AuditStore:
 
     async def drop_operations(self, kept_days: int) -> None:
         """Drops operations that ended more than `kept_days` days ago, some at a time."""
-        async with self._database.connection() as connection:
-            dropped = _DROP_BATCH
-            while dropped == _DROP_BATCH:
+        dropped = _DROP_BATCH
+        while dropped == _DROP_BATCH:
+            async with self._database.connection() as connection:
                 cursor = await connection.execute(
                     _SQL["drop_operations"], {"kept_days": kept_days, "limit": _DROP_BATCH}
                 )
                 row = await cursor.fetchone()
-                assert row is not None, "an aggregate has a row"
-                dropped = row["dropped"]
+            assert row is not None, "an aggregate has a row"
+            dropped = row["dropped"]
 
     async def record_denials(self) -> None:
         """Makes an event of what was denied of each product, for each reason, in each minute that is over."""

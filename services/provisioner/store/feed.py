@@ -1,13 +1,13 @@
 """The change feed, which triggers write and readers of the registry follow."""
 
 from services.provisioner.store.rows import load_sql
-from services.shared.postgres import Database
+from services.shared.postgres import Connections
 
 _SQL = load_sql("feed")
 
 
 class FeedStore:
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Connections) -> None:
         self._database = database
 
     async def drop_read_changes(self) -> None:

@@ -11,7 +11,7 @@ from services.provisioner.domain.engine import EngineStatus
 from services.provisioner.domain.fleet import EngineReport, EngineSummary, PastHour, WarmPoolFill
 from services.provisioner.store.keyset import page
 from services.provisioner.store.rows import load_sql
-from services.shared.postgres import Database
+from services.shared.postgres import Connections
 
 _SQL = load_sql("fleet")
 
@@ -21,7 +21,7 @@ _FOLD_BATCH = 100_000
 
 
 class FleetStore:
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Connections) -> None:
         self._database = database
 
     async def engines(
@@ -80,13 +80,13 @@ class FleetStore:
 
     async def fold_counts(self) -> None:
         """Makes one row of all that belong to the same count, while others go on counting."""
-        async with self._database.connection() as connection:
-            folded = _FOLD_BATCH
-            while folded == _FOLD_BATCH:
+        folded = _FOLD_BATCH
+        while folded == _FOLD_BATCH:
+            async with self._database.connection() as connection:
                 cursor = await connection.execute(_SQL["fold_counts"], {"limit": _FOLD_BATCH})
                 row = await cursor.fetchone()
-                assert row is not None, "an aggregate has a row"
-                folded = row["folded"]
+            assert row is not None, "an aggregate has a row"
+            folded = row["folded"]
 
 
 def _scoped(name: str, product_id: UUID | None) -> LiteralString:

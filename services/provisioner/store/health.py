@@ -9,7 +9,7 @@ from services.provisioner.domain.health import Patient
 from services.provisioner.domain.operation import SYSTEM
 from services.provisioner.domain.restarts import RestartPolicy
 from services.provisioner.store.rows import load_sql
-from services.shared.postgres import Connection, Database
+from services.shared.postgres import Connection, Connections
 
 _ENGINES = load_sql("engines")
 _HEALTH = load_sql("health")
@@ -26,7 +26,7 @@ class HealthStore:
         restarts: when a failed engine is started again.
     """
 
-    def __init__(self, database: Database, *, node: str, max_failures: int, restarts: RestartPolicy) -> None:
+    def __init__(self, database: Connections, *, node: str, max_failures: int, restarts: RestartPolicy) -> None:
         self._database = database
         self._node = node
         self._max_failures = max_failures

@@ -21,7 +21,7 @@ from services.provisioner.store.rows import load_sql
 from services.shared.errors import IdempotencyConflict, ServiceError
 from services.shared.failpoints import reached
 from services.shared.keys import EngineKeyring
-from services.shared.postgres import Connection, Database
+from services.shared.postgres import Connection, Connections
 
 _SQL = load_sql("idempotency")
 _BATCH = 1000
@@ -32,7 +32,7 @@ _whole: ContextVar[Connection | None] = ContextVar("whole", default=None)
 
 
 @asynccontextmanager
-async def transaction(database: Database) -> AsyncIterator[Connection]:
+async def transaction(database: Connections) -> AsyncIterator[Connection]:
     """A transaction of the call under way: with its key if it shows one, else of its own.
 
     Raises:
@@ -98,7 +98,7 @@ class IdempotencyStore:
     keyring: encrypts answers, each bound to its key.
     """
 
-    def __init__(self, database: Database, keyring: EngineKeyring) -> None:
+    def __init__(self, database: Connections, keyring: EngineKeyring) -> None:
         self._database = database
         self._keyring = keyring
 

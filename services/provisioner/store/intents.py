@@ -26,7 +26,7 @@ from services.shared.errors import (
     QuotaExceeded,
     Unavailable,
 )
-from services.shared.postgres import Connection, Database
+from services.shared.postgres import Connection, Connections
 
 _ENGINES = load_sql("engines")
 _OPERATIONS = load_sql("operations")
@@ -49,7 +49,7 @@ class IntentStore:
 
     def __init__(
         self,
-        database: Database,
+        database: Connections,
         *,
         node: str,
         platform_image: str,

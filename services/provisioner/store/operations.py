@@ -113,24 +113,6 @@ class OperationStore:
             assert row is not None, "an engine outlives its open operation"
             return to_engine(row)
 
-    async def _engines(self, query: str, **values: object) -> list[Engine]:
-        async with self._database.connection() as connection:
-            cursor = await connection.execute(_ENGINES[query], {**self._claimant, **values})
-            return [to_engine(row) for row in await cursor.fetchall()]
-
-    async def idle_engines(self, limit: int) -> list[Engine]:
-        """Running engines without a sign of work for as long as their product's policy says."""
-        return await self._engines("idle_engines", limit=limit, stale_ok_s=self._stale_ok_s)
-
-    async def light_sleepers(self, deep_sleep_after_s: float, limit: int) -> list[Engine]:
-        """Frozen engines that have slept for longer than that."""
-        return await self._engines("light_sleepers", deep_sleep_after_s=deep_sleep_after_s, limit=limit)
-
-    async def mark_busy(self, engine_id: UUID, reason: str) -> None:
-        """Notes a sign of work that the engine itself gave."""
-        async with self._database.connection() as connection:
-            await connection.execute(_ENGINES["mark_busy"], {"engine_id": engine_id, "reason": reason})
-
     async def clock(self) -> datetime:
         """What time it is, on the one clock that decides."""
         async with self._database.connection() as connection:

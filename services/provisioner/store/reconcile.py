@@ -5,7 +5,7 @@ from uuid import UUID
 
 from services.provisioner.domain.registered import Registered
 from services.provisioner.store.rows import load_sql
-from services.shared.postgres import Database
+from services.shared.postgres import Connections
 
 _ENGINES = load_sql("engines")
 _RECONCILE = load_sql("reconcile")
@@ -17,7 +17,7 @@ class ReconcileStore:
     node: whose engines.
     """
 
-    def __init__(self, database: Database, *, node: str) -> None:
+    def __init__(self, database: Connections, *, node: str) -> None:
         self._database = database
         self._node = node
 

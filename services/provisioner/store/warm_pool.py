@@ -15,7 +15,7 @@ from services.provisioner.domain.warm_pool import Member
 from services.provisioner.store.idempotency import begun_before, note
 from services.provisioner.store.intents import IntentStore
 from services.provisioner.store.rows import load_sql, to_engine
-from services.shared.postgres import Database
+from services.shared.postgres import Connections
 
 _SQL = load_sql("warm_pool")
 
@@ -32,7 +32,7 @@ class WarmPoolStore:
         node: whose engines.
     """
 
-    def __init__(self, database: Database, intents: IntentStore, *, node: str) -> None:
+    def __init__(self, database: Connections, intents: IntentStore, *, node: str) -> None:
         self._database = database
         self._intents = intents
         self._node = node
