@@ -21,6 +21,8 @@ help: ## List the targets.
 
 run: $(VENV)/.runtime ## Run the platform on this machine until Ctrl-C; BACKEND=docker for engines in containers, LANE=grpc for Admission as a process of its own.
 	@test "$(BACKEND)" != docker || docker image inspect $(ENGINE_IMAGE) >/dev/null 2>&1 || deploy/docker/make-engine-image $(ENGINE_IMAGE)
+	@test "$(BACKEND)" != docker || deploy/docker/isolate-engines "$${ORCH_ENGINE_NETWORK:-engine_net}" || \
+		echo "engines can reach this host's ports until root has run deploy/docker/isolate-engines" >&2
 	@exec $(BIN)/september up $(if $(BACKEND),--backend $(BACKEND)) $(if $(LANE),--lane $(LANE))
 
 test: $(VENV)/.dev ## Run all tests that this machine can; REQUIRE_DOCKER=1 allows none to be skipped for want of Docker.

@@ -139,7 +139,7 @@ class Boot:
         await self._store.set_step(operation, Step.STARTING)
         reached("boot.starting")
         try:
-            await self._backend.start(spec)
+            image_id = await self._backend.start(spec)
         except PortTaken:
             lease.check()
             if not await self._store.swap_port(operation, engine):
@@ -148,6 +148,9 @@ class Boot:
             raise
         reached("boot.started")
         lease.check()
+        if image_id != engine.image_id:
+            # What runs is what the row says from here on, whatever the image's name will stand for.
+            await self._store.pin_image(operation, image_id)
         await self._store.set_step(operation, Step.PROBING)
         reached("boot.probing")
         await self._probe(operation, engine, lease, deadline)
@@ -177,7 +180,7 @@ class Boot:
         return EngineSpec(
             engine_id=engine.engine_id,
             generation=engine.generation,
-            image=engine.image,
+            image=engine.image_id or engine.image,
             port=port,
             environment={**self._passthrough, "ENGINE_KEY_HASH": sha256(key.encode()).hexdigest()},
         )

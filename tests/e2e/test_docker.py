@@ -17,7 +17,9 @@ from docker import APIClient
 
 from september.admission.v1 import admission_service_pb2 as admission_pb
 from september.provisioner.v1 import provisioner_service_pb2 as pb
-from services.provisioner.backends.engine_template import INSTALLATION_LABEL
+from services.provisioner.backends.base import EngineSpec
+from services.provisioner.backends.engine_template import INSTALLATION_LABEL, EngineTemplate
+from services.provisioner.backends.hardening import deviations
 from tests.canaries import Canaries
 from tests.harness import ROOT, Clients, Platform, Product, eventually, reason
 from tests.integration.docker_daemon import docker_api, remove_all
@@ -39,7 +41,14 @@ class DockerPlatform(Platform):
         return {"label": f"{INSTALLATION_LABEL}={self.installation()}"}
 
     def counts(self) -> dict[str, int]:
+        """The oracle; walks all engines, too, to see that they are as closed as they have to be."""
         containers = self.api.containers(all=True, filters=self.filters())
+        template = EngineTemplate(self.installation(), "engine_net", None, 512 * 2**20, 1.0, 256)
+        for engine_id, port in self.query("SELECT engine_id, port FROM port_leases"):
+            options = template.options(self.api, EngineSpec(engine_id, 1, IMAGE, port, environment={}))
+            for container in containers:
+                if container["Names"] == [f"/engine-{engine_id}"]:
+                    assert deviations(self.api.inspect_container(container["Id"]), options) == []
         return {
             "rows": self.query("SELECT count(*) FROM engines")[0][0],
             "ports": self.query("SELECT count(*) FROM port_leases")[0][0],
@@ -281,3 +290,32 @@ async def test_a_stopped_platform_finds_its_containers_again(platform: DockerPla
     assert (answer.engine.engine_id, answer.engine.api_key) == (made.engine_id, made.api_key)
     assert await execute(answer.engine.url, answer.engine.api_key) == 200
     assert set(platform.counts().values()) == {1}
+
+
+async def test_an_engine_is_always_made_of_the_image_that_it_was_made_of_first(
+    platform: DockerPlatform, connect: Connect
+) -> None:
+    clients = connect(platform, platform.provisioner())
+    name = f"september-test-pinned-{uuid4().hex[:12]}"
+    platform.api.tag(IMAGE, name)
+    product = await clients.register(allowed_images=[name])
+    try:
+        container = f"engine-{(await provision(clients, product, image=name)).engine_id}"
+        first = platform.api.inspect_container(container)["Image"]
+        build = ["docker", "build", "-t", name, "-"]
+        dockerfile = f"FROM {IMAGE}\nLABEL new=1\n".encode()
+        await asyncio.to_thread(subprocess.run, build, input=dockerfile, check=True, capture_output=True)
+
+        async def made_anew() -> str:
+            await clients.provisioner.StopEngine(pb.StopEngineRequest(user_id="u1"), metadata=product.metadata)
+            platform.api.remove_container(container)
+            await clients.provisioner.StartEngine(pb.StartEngineRequest(user_id="u1"), metadata=product.metadata)
+            return str(platform.api.inspect_container(container)["Image"])
+
+        assert await made_anew() == first
+        platform.query("UPDATE engines SET image_id = NULL")
+        later = platform.api.inspect_image(name)["Id"]  # type: ignore[no-untyped-call]
+        assert await made_anew() == later != first
+    finally:
+        await clients.provisioner.DestroyEngine(pb.DestroyEngineRequest(user_id="u1"), metadata=product.metadata)
+        platform.api.remove_image(name)

@@ -14,7 +14,7 @@ class EngineSpec:
     Args:
         engine_id: names the container and the volume.
         generation: counts the times that the engine was made anew; an older instance is replaced.
-        image: what to run: a local image of Docker, a Python module for the process backend.
+        image: what to run: the name or the id of a local image of Docker, a Python module for the process backend.
         port: port on 127.0.0.1 at which the engine is reached from this host.
         environment: what the engine is told besides the paths of its mounts.
     """
@@ -78,11 +78,15 @@ class Backend(Protocol):
     async def create(self, spec: EngineSpec) -> None:
         """Makes the instance of this generation with its volume, not started.
 
-        An instance of an older generation is removed first; its volume is kept.
+        An instance of an older generation, or one that is not as closed as an engine has to be, is
+        removed first; its volume is kept.
         """
 
-    async def start(self, spec: EngineSpec) -> None:
+    async def start(self, spec: EngineSpec) -> str | None:
         """Starts the created or exited instance, thaws the frozen one; a running one is left alone.
+
+        Returns:
+            The id of the image that it was made of; None for a backend whose images have none.
 
         Raises:
             PortTaken: the host refuses the port. The instance is removed again, its volume kept.

@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 from uuid import UUID
 
+import structlog
 from docker import APIClient
 from docker.errors import APIError, NotFound
 from docker.utils import kwargs_from_env
@@ -16,22 +16,28 @@ from docker.utils import kwargs_from_env
 from services.provisioner.backends.base import EngineSpec, Instance, InstanceState, PortTaken, Usage
 from services.provisioner.backends.docker_errors import (
     is_conflict,
+    is_network_gone,
     is_not_paused,
     is_port_refused,
     translated,
 )
+from services.provisioner.backends.engine_network import EngineNetwork
 from services.provisioner.backends.engine_template import (
     INSTALLATION_LABEL,
     EngineTemplate,
     container_name,
+    copier_name,
     volume_name,
 )
+from services.provisioner.backends.hardening import deviations
 from services.provisioner.backends.instances import await_exit, refuse_older
 from services.provisioner.backends.threads import BackendThreads
 from services.shared.errors import BackendError, Unavailable
 from services.shared.failpoints import reached
 
 T = TypeVar("T")
+
+log = structlog.get_logger(__name__)
 
 _PAUSE_S = 0.1
 
@@ -99,8 +105,8 @@ class DockerBackend:
     async def create(self, spec: EngineSpec) -> None:
         await self._run(lambda: self._create(spec), spec.engine_id)
 
-    async def start(self, spec: EngineSpec) -> None:
-        await self._run(lambda: self._start(spec), spec.engine_id)
+    async def start(self, spec: EngineSpec) -> str | None:
+        return await self._run(lambda: self._start(spec), spec.engine_id)
 
     async def inspect(self, engine_id: UUID) -> Instance | None:
         found = await self._run(lambda: self._look(engine_id), engine_id)
@@ -142,31 +148,7 @@ class DockerBackend:
             timeout=self._timeout_s,  # type: ignore[arg-type]  # of each read and write on the socket
             tls=environment.get("tls", False),
         )
-        self._make_network()
-
-    def _make_network(self) -> None:
-        """Docker lets two of one name be made at once, and then serves neither; the bridge's name is unique."""
-        bridge = f"br-{sha256(self._network.encode()).hexdigest()[:12]}"
-        deadline = time.monotonic() + self._timeout_s
-        while not self._has_network():
-            try:
-                self._api.create_network(
-                    self._network,
-                    driver="bridge",
-                    options={"com.docker.network.bridge.name": bridge},
-                    labels={INSTALLATION_LABEL: self._installation},
-                )
-            except APIError as exc:
-                if not is_conflict(exc) or time.monotonic() > deadline:
-                    raise
-                time.sleep(_PAUSE_S)
-
-    def _has_network(self) -> bool:
-        try:
-            self._api.inspect_network(self._network)
-        except NotFound:
-            return False
-        return True
+        EngineNetwork(self._network, self._installation, self._timeout_s).open(self._api)
 
     def _create(self, spec: EngineSpec) -> None:
         if self._volume_owner(spec.engine_id) not in (None, self._installation):
@@ -179,17 +161,21 @@ class DockerBackend:
 
     def _make_container(self, spec: EngineSpec) -> bool:
         """False if another call got ahead with the name: look again."""
+        options = self._template.options(self._api, spec)
         found = self._look(spec.engine_id)
         if found is not None:
             if found.instance is None:
                 raise BackendError("the engine's name belongs to another installation")
             if found.instance.generation == spec.generation:
-                return True
+                differing = deviations(self._api.inspect_container(found.id), options)
+                if not differing:
+                    return True
+                log.warning("engine_made_anew", engine_id=str(spec.engine_id), differing=differing)
             refuse_older(spec, found.instance.generation)
             self._remove_container(found.id)
             reached("docker.outdated_removed")
         try:
-            self._api.create_container(**self._template.options(self._api, spec))
+            self._api.create_container(**options)
         except NotFound as exc:
             raise BackendError(f"image {spec.image!r} is not available") from exc
         except APIError as exc:
@@ -198,7 +184,7 @@ class DockerBackend:
             return False
         return True
 
-    def _start(self, spec: EngineSpec) -> None:
+    def _start(self, spec: EngineSpec) -> str:
         found = self._look(spec.engine_id)
         if found is None or found.instance is None or found.instance.generation < spec.generation:
             raise Unavailable("the engine's instance is gone")
@@ -212,7 +198,11 @@ class DockerBackend:
                 if is_port_refused(exc):
                     self._remove_container(found.id)
                     raise PortTaken from exc
+                if is_network_gone(exc):
+                    self._remove_container(found.id)
+                    raise Unavailable("the engine's instance is gone") from exc
                 raise
+        return found.image_id
 
     def _is_current(self, engine_id: UUID, image: str) -> bool:
         found = self._look(engine_id)
@@ -285,6 +275,7 @@ class DockerBackend:
             self._remove_container(found.id)
             reached("docker.container_removed")
         if volume and self._volume_owner(engine_id) == self._installation:
+            self._remove_container(copier_name(engine_id))  # A backup that died may have left it.
             self._until_gone(lambda: self._api.remove_volume(volume_name(engine_id)))
 
     def _remove_container(self, container_id: str) -> None:

@@ -33,6 +33,11 @@ def is_port_refused(error: APIError) -> bool:
     return _says(error, "port is already allocated") or _says(error, "address already in use")
 
 
+def is_network_gone(error: APIError) -> bool:
+    """The container's network is not there any more, nor is another of its name the same."""
+    return error.status_code == 404 and _says(error, "network")
+
+
 def is_not_paused(error: APIError) -> bool:
     return _says(error, "is not paused")
 

@@ -7,7 +7,7 @@ from typing import Any
 from uuid import UUID
 
 from docker import APIClient
-from docker.types import LogConfig, Mount
+from docker.types import LogConfig, Mount, Ulimit
 
 from services.provisioner.backends.base import EngineSpec, Instance, InstanceState
 
@@ -17,6 +17,7 @@ _GENERATION_LABEL = "september.generation"
 
 _PORT = 8000
 _USER = "10001:10001"
+_FILES = 16_384
 # Every other state of Docker means that nothing runs.
 _STATES = {
     "created": InstanceState.CREATED,
@@ -32,6 +33,15 @@ def container_name(engine_id: UUID) -> str:
 
 def volume_name(engine_id: UUID) -> str:
     return f"engine-data-{engine_id}"
+
+
+def copier_name(engine_id: UUID) -> str:
+    """Of the container by which the volume is copied."""
+    return f"engine-copier-{engine_id}"
+
+
+def volume_labels(installation: str, engine_id: UUID) -> dict[str, str]:
+    return {INSTALLATION_LABEL: installation, _ENGINE_ID_LABEL: str(engine_id)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +61,7 @@ class EngineTemplate:
     def options(self, api: APIClient, spec: EngineSpec) -> Mapping[str, Any]:
         """Arguments for `create_container`: what isn't here no engine gets."""
         name = container_name(spec.engine_id)
-        labels = {INSTALLATION_LABEL: self.installation, _ENGINE_ID_LABEL: str(spec.engine_id)}
+        labels = volume_labels(self.installation, spec.engine_id)
         environment = {**spec.environment, "SQLITE_DB_PATH": "/data/brain.sqlite"}
         # The volume is made together with the container, and labelled, if it isn't there.
         mounts = [Mount("/data", volume_name(spec.engine_id), labels=labels)]
@@ -81,6 +91,8 @@ class EngineTemplate:
                 memswap_limit=self.memory_bytes,
                 nano_cpus=int(self.cpus * 1e9),
                 pids_limit=self.pids,
+                # No memory on disk, keys and all. Not of processes: that would count those of all engines.
+                ulimits=[Ulimit(name="core", soft=0, hard=0), Ulimit(name="nofile", soft=_FILES, hard=_FILES)],
                 log_config=LogConfig(type="local", config={"max-size": "10m", "max-file": "3"}),
                 restart_policy={"Name": "no"},
                 init=False,

@@ -36,7 +36,11 @@ class Sighting:
 
 @dataclass(frozen=True, slots=True)
 class Engine:
-    """One row of `engines`, with its port; whose it is, those who ask know."""
+    """One row of `engines`, with its port; whose it is, those who ask know.
+
+    `image` is the name that was asked for, `image_id` what it stood for when the engine was made: what
+    every later instance is made of. None until then, and where images have no ids.
+    """
 
     engine_id: UUID
     status: EngineStatus
@@ -48,3 +52,4 @@ class Engine:
     last_health_at: datetime | None
     port: int | None
     pending_key: bytes | None = field(repr=False)
+    image_id: str | None

@@ -97,6 +97,12 @@ WITH changed AS (
 )
 SELECT pg_notify('steps', '') FROM changed
 
+-- name: pin_image
+UPDATE engines SET image_id = %(image_id)s
+FROM operations
+WHERE operation_id = %(operation_id)s AND owner = %(owner)s AND finished_at IS NULL
+    AND engines.engine_id = operations.engine_id
+
 -- name: set_probes
 WITH changed AS (
     UPDATE operations SET probes = %(probes)s

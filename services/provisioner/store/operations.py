@@ -178,6 +178,10 @@ class OperationStore:
             error_message=None if failure is None else failure.message,
         )
 
+    async def pin_image(self, operation: Operation, image_id: str | None) -> None:
+        """Writes which image the engine is made of, from now on."""
+        await self._write("pin_image", operation, image_id=image_id)
+
     async def set_probes(self, operation: Operation, probes: int) -> None:
         """Writes how many probes the boot has made."""
         await self._write("set_probes", operation, probes=probes)
@@ -214,8 +218,12 @@ class OperationStore:
         Raises:
             LeaseLost: another process has taken the operation over; nothing is written.
         """
-        transition = TRANSITIONS[operation.kind]
-        after = transition.success if outcome is Outcome.SUCCEEDED else transition.failure
+        # There is none for a backup, which is cancelled here and leaves the engine as it is.
+        transition = TRANSITIONS.get(operation.kind)
+        if transition is None:
+            after = None
+        else:
+            after = transition.success if outcome is Outcome.SUCCEEDED else transition.failure
         # What gave way has made something, which only the destroy that follows takes away.
         gone = after is None and outcome is not Outcome.CANCELLED
         async with self._database.transaction() as tx:
