@@ -1,6 +1,6 @@
 """The use cases of those who look at many engines, and at what happened."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Protocol, TypeVar
 from uuid import UUID
@@ -188,7 +188,11 @@ def _engine_token(engine: EngineSummary) -> str:
 
 def _engine_key(text: str) -> tuple[datetime, UUID]:
     created_at, _, engine_id = text.partition(" ")
-    return datetime.fromisoformat(created_at), UUID(engine_id)
+    parsed = datetime.fromisoformat(created_at)
+    # Of the offsets that Python reads PostgreSQL takes only some, and a token has none.
+    if parsed.utcoffset() != timedelta():
+        raise ValueError
+    return parsed, UUID(engine_id)
 
 
 def _event_key(text: str) -> int:

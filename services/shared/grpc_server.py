@@ -23,6 +23,8 @@ from services.shared.tls import UNIX, Identity
 
 ERROR_DOMAIN = "platform.september"
 MAX_REQUEST_BYTES = 64 * 1024
+# More than the gateway lets through and adds. Between its two limits gRPC refuses at random, as if it were overloaded.
+_MAX_METADATA_BYTES = 32 * 1024
 
 log = structlog.get_logger(__name__)
 
@@ -31,6 +33,8 @@ _FLOODS = frozenset({RateLimited.code, InvalidPlatformKey.code, Unavailable.code
 _STATUS_CODES = {code.value[0]: code for code in grpc.StatusCode}
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
+    ("grpc.max_metadata_size", _MAX_METADATA_BYTES),
+    ("grpc.absolute_max_metadata_size", _MAX_METADATA_BYTES),
     # As often as our own clients and the gateway ping, or they would be told to go away.
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),

@@ -118,6 +118,17 @@ async def test_a_message_over_the_limit_is_refused(clients: Clients, shared: Sha
     assert error.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+async def test_headers_as_long_as_the_gateway_passes_are_read(clients: Clients, shared: Shared) -> None:
+    product = await clients.register()
+    long = (*product.metadata, *((f"x-{i}", "x" * 4_000) for i in range(4)))
+    for service, method in ((shared[1][0], PRODUCT_METHODS[0]), (shared[1][1], ADMISSION + "GetEngine")):
+        # Some of many would be refused, if they were near a limit.
+        for _ in range(50):
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await call(service, method, long)
+            assert reason(error.value) == "INVALID_REQUEST"
+
+
 def registration(slug: str, policy: dict[str, Any] | None) -> product_pb.RegisterProductRequest:
     request = product_pb.RegisterProductRequest(slug=slug)
     if policy is not None:
@@ -155,6 +166,14 @@ async def test_a_slug_is_registered_once(clients: Clients) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await clients.products.RegisterProduct(registration(product.slug, {"max_engines": 1}), metadata=clients.admin)
     assert reason(error.value) == "PRODUCT_SLUG_EXISTS"
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+async def test_a_number_that_json_does_not_have_is_refused(clients: Clients, number: float) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as error:
+        await clients.products.RegisterProduct(registration("good", {"max_engines": number}), metadata=clients.admin)
+    assert reason(error.value) == "INVALID_REQUEST"
+    assert (error.value.details() or "").startswith("policy: ")
 
 
 async def test_a_policy_is_in_force_on_the_next_request(clients: Clients) -> None:

@@ -13,6 +13,7 @@ from september.provisioner.v1 import fleet_service_pb2 as pb
 from september.provisioner.v1 import provisioner_service_pb2 as provisioner_pb
 from services.provisioner.domain.audit import AuditAction
 from services.provisioner.domain.engine import EngineStatus
+from services.provisioner.domain.paging import page_token
 from tests.harness import Clients, Platform, Product, Service
 from tests.integration.fleet_rows import add_engines, add_event, refused
 
@@ -216,6 +217,10 @@ TOKEN = "must be the next_page_token of another page"
                 page_token="MjAzMC0wMS0wMlQwMzowNDowNSswMDowMCAwMDAwMDAwMC0wMDAwLTAwMDAtMDAwMC0wMDAwMDAwMDAwMDA",
             ),
             "offset: not together with a page_token",
+        ),
+        *(
+            ("ListEngines", pb.ListEnginesRequest(page_token=page_token(f"{at} {UUID(int=0)}")), f"page_token: {TOKEN}")
+            for at in ("2030-01-02T03:04:05", "2030-01-02T03:04:05+23:59", "0001-01-01T00:00:00+00:00:01")
         ),
         ("GetEngineHistory", pb.GetEngineHistoryRequest(), "user_id: must be 1 to 255 printable characters"),
         ("GetEngineHistory", pb.GetEngineHistoryRequest(user_id=".."), "user_id: must not be '.' or '..'"),

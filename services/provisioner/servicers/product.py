@@ -12,6 +12,7 @@ from september.provisioner.v1.product_service_pb2_grpc import ProductServiceServ
 from services.provisioner.domain.policy import Policy
 from services.provisioner.domain.product import Registration
 from services.provisioner.products import Products
+from services.shared.errors import InvalidRequest
 from services.shared.timestamps import to_timestamp
 
 
@@ -65,7 +66,10 @@ class ProductServicer(ProductServiceServicer):
 
 
 def _policy_fields(request: pb.RegisterProductRequest | pb.UpdatePolicyRequest) -> dict[str, object] | None:
-    return MessageToDict(request.policy) if request.HasField("policy") else None
+    try:
+        return MessageToDict(request.policy) if request.HasField("policy") else None
+    except ValueError as error:
+        raise InvalidRequest("policy: must be JSON, which has no NaN and nothing infinite") from error
 
 
 def _policy_message(policy: Policy) -> product_pb2.Policy:
