@@ -1,5 +1,6 @@
 """gRPC through the gateway's port: which methods exist, and that calls pass as they are."""
 
+import asyncio
 import struct
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
@@ -173,3 +174,22 @@ async def test_metadata_with_an_underscore_is_refused(served: Served) -> None:
     with pytest.raises(grpc.aio.AioRpcError):
         await served.call(ADMIT, admission_pb.AdmitRequest(user_id="fox").SerializeToString(), (("x_key", "1"),))
     assert not served.admission.calls["fox"]
+
+
+@pytest.mark.parametrize("body", [b"", b"\0\0", b"\0\0\0\0\2\x08", b"\0\0\0\0\0" * 2, b"\0\0\0\0\0a", b"\2\0\0\0\0"])
+@pytest.mark.parametrize("method", [ADMIT, PROVISIONER + "StartEngine"])
+async def test_what_is_not_one_message_is_refused_at_once(served: Served, method: str, body: bytes) -> None:
+    headers = [("content-type", "application/grpc"), ("te", "trailers")]
+    async with asyncio.timeout(5):
+        answer = await served.gateway.rest("POST", method, body, headers)
+    assert answer.header("grpc-status") in ("3", "13")
+    assert answer.header("grpc-message") in (
+        "the message is malformed",
+        "the request is malformed or did not arrive in time",
+    )
+
+
+@pytest.mark.parametrize("method", [ADMIT, PROVISIONER + "StartEngine"])
+async def test_a_caller_that_takes_no_trailers_is_refused(served: Served, method: str) -> None:
+    answer = await served.gateway.rest("POST", method, b"\0\0\0\0\0", [("content-type", "application/grpc")])
+    assert answer.header("grpc-status") in ("3", "13")
