@@ -13,7 +13,7 @@ from google.api import annotations_pb2  # type: ignore[import-untyped]
 from google.protobuf import descriptor_pb2
 
 from tools.generate import ROOT, error_rows
-from tools.openapi_rules import ALWAYS, ERROR, IDEMPOTENCY_KEY, KEYED, REQUIRED, ROLES, RULES, SECURITY, Schema
+from tools.openapi_rules import ALWAYS, ERROR, IDEMPOTENCY_KEY, KEYED, REQUIRED, ROLES, RULES, SECURITY, SERVERS, Schema
 from tools.reference import comments_of
 
 Field = descriptor_pb2.FieldDescriptorProto
@@ -114,6 +114,7 @@ class Document:
         call: Schema = {
             "operationId": method.name,
             "description": text,
+            "servers": SERVERS[ROLES[full_name]],
             "security": SECURITY[ROLES[full_name]],
             "parameters": parameters,
         }

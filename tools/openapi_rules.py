@@ -47,6 +47,14 @@ SECURITY: dict[Role, list[dict[str, list[str]]]] = {
     Role.ADMIN: [{"adminKey": []}],
     Role.PRODUCT_OR_ADMIN: [{"platformKey": []}, {"adminKey": []}],
 }
+_PRODUCTS = {"url": "http://127.0.0.1:8080"}
+_OPERATORS = {"url": "http://127.0.0.1:8081", "description": "The operators' listener."}
+SERVERS = {
+    Role.ANYONE: [_PRODUCTS],
+    Role.PRODUCT: [_PRODUCTS],
+    Role.ADMIN: [_OPERATORS],
+    Role.PRODUCT_OR_ADMIN: [_PRODUCTS, _OPERATORS],
+}
 KEYED = {*THROUGH_OPERATION, *IN_TRANSACTION}
 IDEMPOTENCY_KEY = {
     "name": "Idempotency-Key",
