@@ -55,7 +55,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "seed" in metafunc.fixturenames:
+    # Tests elsewhere may have seeds of their own.
+    own = any(mark.args[0] == "seed" for mark in metafunc.definition.iter_markers("parametrize"))
+    if "seed" in metafunc.fixturenames and not own:
         one = metafunc.config.option.seed
         seeds = SEEDS if metafunc.config.option.full else SEEDS[:1]
         metafunc.parametrize("seed", seeds if one is None else [one], ids=lambda seed: f"seed {seed}")
