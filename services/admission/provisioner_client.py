@@ -21,6 +21,8 @@ _OPTIONS = (
     ("grpc.enable_http_proxy", 0),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    # Of every ping: the keepalive waits for those that measure the connection, which have a minute otherwise.
+    ("grpc.http2.ping_timeout_ms", 5_000),
     # A restarted Provisioner is found again within a second.
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.initial_reconnect_backoff_ms", 100),

@@ -131,6 +131,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
             restarts=restarts,
             stale_ok_s=settings.stale_ok_s,
         )
+        watch = OperationWatch(operations)
         boot = Boot(
             operations,
             backend,
@@ -138,8 +139,8 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
             keyring,
             passthrough={name: os.environ[name] for name in settings.engine_env_passthrough if name in os.environ},
             boot_timeout_s=settings.boot_timeout_s,
+            delayed=watch.delay,
         )
-        watch = OperationWatch(operations)
         worker = OperationWorker(
             operations,
             Executor(
@@ -152,6 +153,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
             boot_concurrency=settings.boot_concurrency,
             lease_s=settings.operation_lease_s,
             settled=watch.settle,
+            delayed=watch.delay,
         )
         warm_pool = WarmPool(
             WarmPoolStore(database, intents, node=settings.node),

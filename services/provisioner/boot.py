@@ -2,16 +2,17 @@
 
 import asyncio
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from hashlib import sha256
 from itertools import count
+from uuid import UUID
 
 import structlog
 
 from services.provisioner.backends.base import EngineSpec, Instance, InstanceState, PortTaken
 from services.provisioner.domain.engine import Engine
-from services.provisioner.domain.operation import GiveWay, LeaseLost, Operation, OperationKind, Step
+from services.provisioner.domain.operation import PATIENCE_S, GiveWay, LeaseLost, Operation, OperationKind, Step
 from services.provisioner.lease import Lease
 from services.provisioner.ports import Backend, EngineClient, OperationLog
 from services.shared.errors import BackendError, BootTimeout, Internal, PortExhaustion, ServiceError, Unavailable
@@ -39,6 +40,7 @@ class Boot:
     keyring: reads engine keys, whose hash each engine is told.
     passthrough: environment that every engine gets besides.
     boot_timeout_s: named in the error of a boot that took longer.
+    delayed: told of boots that wait for what can't be reached, and why.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Boot:
         *,
         passthrough: Mapping[str, str],
         boot_timeout_s: float,
+        delayed: Callable[[UUID, Unavailable], None],
     ) -> None:
         self._store = store
         self._backend = backend
@@ -57,6 +60,7 @@ class Boot:
         self._keyring = keyring
         self._passthrough = passthrough
         self._boot_timeout_s = boot_timeout_s
+        self._delayed = delayed
 
     async def bring_up(self, operation: Operation, lease: Lease) -> ServiceError | None:
         """Makes the engine run; returns why it can't be.
@@ -64,7 +68,8 @@ class Boot:
         Raises:
             LeaseLost, GiveWay.
         """
-        deadline = time.monotonic() + max(operation.seconds_left, _LAST_LOOK_S)
+        begun = time.monotonic()
+        deadline = begun + max(operation.seconds_left, _LAST_LOOK_S)
         if operation.kind is OperationKind.WAKE and await self._woken(operation, lease):
             return None
         pause = _FIRST_PAUSE_S
@@ -82,6 +87,8 @@ class Boot:
             except Unavailable as error:
                 if time.monotonic() + pause > deadline:
                     return error
+                if time.monotonic() > begun + PATIENCE_S:
+                    self._delayed(operation.operation_id, error)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LONGEST_PAUSE_S)
             except ServiceError as error:

@@ -9,6 +9,9 @@ from services.shared.errors import BackendError, BootTimeout, Internal, PortExha
 SYSTEM = "system"
 """Actor of what the platform does by itself."""
 
+PATIENCE_S = 4.0
+"""How long callers wait, in seconds, for what can't be reached; then they are told, and the operation goes on."""
+
 
 class OperationKind(StrEnum):
     """What is done to the engine."""

@@ -5,6 +5,7 @@ notifications only make it sooner. All who wait share one query.
 """
 
 import asyncio
+import time
 from collections import defaultdict
 from collections.abc import Collection
 from typing import Protocol
@@ -12,7 +13,7 @@ from uuid import UUID
 
 import structlog
 
-from services.provisioner.domain.operation import Settled
+from services.provisioner.domain.operation import PATIENCE_S, Settled
 from services.shared.errors import Unavailable
 from services.shared.loops import Pulse
 
@@ -42,6 +43,7 @@ class OperationWatch:
 
         Raises:
             TimeoutError: it has not ended within `timeout_s` seconds.
+            Unavailable: it is delayed; whoever asks again joins it.
         """
         future: asyncio.Future[Settled] = asyncio.get_running_loop().create_future()
         self._waiting[operation_id].add(future)
@@ -62,12 +64,23 @@ class OperationWatch:
             if not future.done():
                 future.set_result(settled)
 
+    def delay(self, operation_id: UUID, why: Unavailable) -> None:
+        """Tells those who wait for it that they would wait for long."""
+        for future in self._waiting.pop(operation_id, ()):
+            if not future.done():
+                future.set_exception(Unavailable(why.message))
+
     async def run(self) -> None:
+        reached_at = time.monotonic()
         while True:
             try:
                 await self.tick()
-            except Unavailable:
+                reached_at = time.monotonic()
+            except Unavailable as error:
                 log.warning("operations_unreachable", waiting=len(self._waiting))
+                if time.monotonic() > reached_at + PATIENCE_S:
+                    for operation_id in list(self._waiting):
+                        self.delay(operation_id, error)
             await self._pulse.wait(_POLL_S)
 
     async def tick(self) -> None:

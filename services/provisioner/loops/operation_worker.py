@@ -16,7 +16,7 @@ from uuid import UUID
 
 import structlog
 
-from services.provisioner.domain.operation import LeaseLost, Operation, OperationKind, Queue, Settled
+from services.provisioner.domain.operation import PATIENCE_S, LeaseLost, Operation, OperationKind, Queue, Settled
 from services.provisioner.execution import Executor
 from services.provisioner.lease import Lease
 from services.shared.errors import Unavailable
@@ -55,6 +55,11 @@ def _may_be_left(operation: Operation) -> bool:
     return operation.attempts >= _MAX_ATTEMPTS and operation.kind is not OperationKind.DESTROY
 
 
+def _pause_s(operation: Operation) -> float:
+    """Until it is tried again."""
+    return min(0.25 * 2.0 ** min(operation.attempts, 10), _LONGEST_PAUSE_S)
+
+
 class OperationWorker:
     """Args:
     operations: where they are claimed.
@@ -62,6 +67,7 @@ class OperationWorker:
     boot_concurrency: most operations at once that start an instance.
     lease_s: length of a claim, in seconds, as the queue grants it.
     settled: told of every operation that ends here.
+    delayed: told of those that are not tried again for long, and why.
     """
 
     def __init__(
@@ -72,12 +78,14 @@ class OperationWorker:
         boot_concurrency: int,
         lease_s: float,
         settled: Callable[[Settled], None],
+        delayed: Callable[[UUID, Unavailable], None],
     ) -> None:
         self._operations = operations
         self._executor = executor
         self._places = {Queue.BOOT: boot_concurrency, **_PLACES}
         self._lease_s = lease_s
         self._settled = settled
+        self._delayed = delayed
         self._runs: dict[UUID, _Run] = {}
         # Queues in which some may wait that no place was free for.
         self._crowded = set(Queue)
@@ -137,6 +145,8 @@ class OperationWorker:
                     await self._operations.release(operation, pause_s=0)
             except Unavailable as error:
                 log.warning("operation_postponed", reason=error.message)
+                if _pause_s(operation) >= PATIENCE_S:
+                    self._delayed(operation.operation_id, error)
                 await self._postpone(operation)
             except Exception:
                 log.exception("operation_failed", attempts=operation.attempts)
@@ -155,9 +165,7 @@ class OperationWorker:
             if last:
                 await self._operations.quarantine(operation)
             else:
-                await self._operations.release(
-                    operation, min(0.25 * 2 ** min(operation.attempts, 10), _LONGEST_PAUSE_S)
-                )
+                await self._operations.release(operation, _pause_s(operation))
 
     async def _hand_over(self) -> None:
         """Stops every operation at its next safe point and gives it back."""
