@@ -72,7 +72,9 @@ class Ledger:
         else:
             cap = self.limit
         short = claim.need > claim.bound + free or claim.need > cap
-        keep = 0 if short or any(row.short(at) for row in alive) else self.limit // (2 * parts)
+        spare = sum(max(row.share - row.need, 0) for row in alive)
+        unneeded = max(self.limit - (taken - spare) - claim.need, 0)
+        keep = 0 if short or any(row.short(at) for row in alive) else claim.need + unneeded // (2 * parts)
         granted = min(max(min(max(claim.need, keep), cap) - claim.bound, 0), free)
         since = at if short else None
         if mine is not None and mine.short_until is not None and mine.short_until > at:
@@ -91,7 +93,7 @@ class Ledger:
         )
         reclaimable = 0
         if since is not None and since > at - 3 * self._lease_s:
-            reclaimable = sum(max(row.share - row.need, 0) for row in alive)
+            reclaimable = spare
         return Grant(granted, cap, keep, reclaimable, self._wait_s(at) if short else None)
 
     def spare(self, replica: Hashable, at: float) -> bool:

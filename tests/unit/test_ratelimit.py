@@ -128,6 +128,22 @@ def test_while_nobody_is_short_half_of_the_limit_is_spread_for_the_time_without_
     assert [taken(mine, 0.7) for mine in replicas] == [10, 10, 10]
 
 
+def test_without_the_ledger_busy_replicas_go_on_at_their_pace_and_do_not_pause() -> None:
+    """They use four fifths of the limit."""
+    replicas, shares = [share(600) for _ in range(2)], ledger(600)
+    lost_at, now = 2 * WINDOW_S, 0.0
+    for mine in replicas:
+        exchange(shares, mine, now)
+    while now < lost_at + STALE_OK_S - 1:
+        for mine in replicas:
+            assert mine.take(now)
+            if now < lost_at:
+                exchange(shares, mine, now)
+            else:
+                mine.claim(now, promised=False)
+        now += WINDOW_S / 240
+
+
 def test_whoever_stays_short_gets_an_even_part_as_the_admits_of_the_others_leave_the_window() -> None:
     first, second, shares = share(20), share(20), ledger(20)
     exchange(shares, first, 0, needs=20)
