@@ -135,9 +135,8 @@ class SqlLedger:
         try:
             with translated():
                 if connection is None:
-                    connection = await self._database.connect()
                     # Not carried out long after it was given up.
-                    await connection.execute(f"SET statement_timeout = {int(self._answer_s * 1000)}".encode())
+                    connection = await self._database.connect(statement_ms=int(self._answer_s * 1000))
                 cursor = await connection.execute(_SQL["claim_shares"], values)
                 rows = await cursor.fetchall()
         except BaseException:

@@ -54,7 +54,7 @@ def docker_api() -> Iterator[APIClient]:
     """A client of the tests' own."""
     api = _connect()
     if isinstance(api, str):
-        _missing(f"no Docker daemon: {api}")
+        missing(f"no Docker daemon: {api}")
     yield api
     api.close()
 
@@ -78,7 +78,7 @@ def busybox_images(docker_api: APIClient) -> Iterator[BusyboxImages]:
     """Made from the static busybox of this machine, so that nothing is pulled."""
     busybox = shutil.which("busybox")
     if busybox is None:
-        _missing("no busybox: install the package busybox-static")
+        missing("no busybox: install the package busybox-static")
     repository = f"september-test-{uuid4().hex}"
     root = _root(busybox)
     # In a container it is process 1, for which only a trap makes SIGTERM do anything.
@@ -91,7 +91,8 @@ def busybox_images(docker_api: APIClient) -> Iterator[BusyboxImages]:
         docker_api.remove_image(f"{repository}:{tag}", force=True)
 
 
-def _missing(what: str) -> NoReturn:
+def missing(what: str) -> NoReturn:
+    """This machine can't run the test."""
     if os.environ.get("REQUIRE_DOCKER") == "1":
         pytest.fail(what)
     pytest.skip(what)

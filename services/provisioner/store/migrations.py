@@ -17,8 +17,9 @@ _LOCK = 7_267_356_001
 async def migrate(url: str) -> list[str]:
     """Brings the registry's schema up to date; returns the names of what was applied.
 
-    Several processes may call it at once: one applies, under an advisory lock, the others wait
-    and find nothing left to do. The connection is its own, without the pool's time limits.
+    Several processes may call it at once: each script is applied under an advisory lock, by one of
+    them. The lock ends with the script's transaction, since behind a pooler nothing else ends with the
+    caller. The connection is its own, without the pool's time limits.
 
     Raises:
         Unavailable: PostgreSQL can't be reached.
@@ -26,23 +27,24 @@ async def migrate(url: str) -> list[str]:
     folder = files("services.provisioner") / "sql" / "migrations"
     scripts = sorted((f for f in folder.iterdir() if f.name.endswith(".sql")), key=lambda f: f.name)
     try:
-        connection = await psycopg.AsyncConnection.connect(url, autocommit=True, connect_timeout=5)
+        connection = await psycopg.AsyncConnection.connect(
+            url, autocommit=True, connect_timeout=5, prepare_threshold=None
+        )
     except psycopg.OperationalError as error:
         log.warning("registry_unreachable", error=str(error))
         raise Unavailable("the registry can't be reached") from error
     async with connection:
-        await connection.execute("SELECT pg_advisory_lock(%s)", [_LOCK])
-        await connection.execute(
-            "CREATE TABLE IF NOT EXISTS schema_migrations ("
-            " name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT clock_timestamp())"
-        )
-        cursor = await connection.execute("SELECT name FROM schema_migrations")
-        done = {row[0] for row in await cursor.fetchall()}
         applied = []
         for script in scripts:
-            if script.name in done:
-                continue
             async with connection.transaction():
+                await connection.execute("SELECT pg_advisory_xact_lock(%s)", [_LOCK])
+                await connection.execute(
+                    "CREATE TABLE IF NOT EXISTS schema_migrations ("
+                    " name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT clock_timestamp())"
+                )
+                cursor = await connection.execute("SELECT 1 FROM schema_migrations WHERE name = %s", [script.name])
+                if await cursor.fetchone():
+                    continue
                 await connection.execute(script.read_text(encoding="utf-8").encode())
                 reached("migration.applied")
                 await connection.execute("INSERT INTO schema_migrations (name) VALUES (%s)", [script.name])
