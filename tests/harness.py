@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import grpc
 import psutil
@@ -163,6 +163,10 @@ class Platform:
             "processes": len(self.engine_processes()),
             "volumes": len([d for d in directories.iterdir() if d.is_dir()]) if directories.exists() else 0,
         }
+
+    def volume(self, engine_id: UUID) -> Path:
+        """Where the engine's data is."""
+        return self.directory / "var" / "engines" / str(engine_id) / "data"
 
     def replicas_know(self) -> None:
         """Waits until every Admission knows what the registry holds now."""

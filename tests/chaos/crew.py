@@ -1,10 +1,12 @@
-"""Provisioners that are killed and replaced under callers who do not give up."""
+"""Provisioners that are killed, or stopped, and replaced under callers who do not give up."""
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
+from contextlib import suppress
+from typing import Any, Literal
 
 import grpc
+import psutil
 from grpc_status import rpc_status
 
 from services.shared.failpoints import VARIABLE, Point
@@ -17,16 +19,18 @@ class Crew:
     Args:
         platform: theirs.
         pool: size of their warm pool.
-        settings: that each is started with besides.
     """
 
-    def __init__(self, platform: Platform, *, pool: int = 0, **settings: str) -> None:
+    def __init__(self, platform: Platform, *, pool: int = 0) -> None:
         self.platform = platform
         self._pool = pool
         self._links = platform.directory / "failpoints"
         self._links.mkdir()
-        self._settings = {"ORCH_OPERATION_LEASE_S": "1", VARIABLE: str(self._links), **settings}
-        self._settings["ORCH_WARM_POOL_SIZE"] = str(pool)
+        self._settings = {
+            "ORCH_OPERATION_LEASE_S": "1",
+            "ORCH_WARM_POOL_SIZE": str(pool),
+            VARIABLE: str(self._links),
+        }
         self._clients: dict[Service, Clients] = {}
 
     async def muster(self, size: int) -> None:
@@ -50,14 +54,25 @@ class Crew:
         pool = self.platform.query("SELECT count(*) FROM engines WHERE product_id IS NULL AND status = 'running'")
         return self.platform.open_operations() == 0 and pool == [(self._pool,)]
 
-    def break_at(self, point: Point, action: str = "SIGKILL") -> None:
-        """The first Provisioner to come to the point is to do this."""
+    def break_at(self, point: Point, action: Literal["SIGKILL", "SIGSTOP"] = "SIGKILL") -> None:
+        """The first Provisioner to come to the point is to be killed or stopped there."""
         (self._links / point).symlink_to(action)
 
-    async def death_of_one(self, point: Point) -> None:
-        """Waits until a Provisioner has been killed at the point."""
-        size = len(self.living())
-        await asyncio.to_thread(eventually, lambda: len(self.living()) < size, f"one is killed at {point}")
+    async def broken(self, point: Point) -> Service:
+        """Waits until one has been killed or stopped at the point; returns it."""
+        before = self.living()
+
+        def is_broken(service: Service) -> bool:
+            with suppress(psutil.NoSuchProcess):
+                if psutil.Process(service.process.pid).status() == psutil.STATUS_STOPPED:
+                    return True
+            return service.process.poll() is not None
+
+        def found() -> Service | None:
+            return next(filter(is_broken, before), None)
+
+        service: Service = await asyncio.to_thread(eventually, found, f"one is broken at {point}")
+        return service
 
     async def told(self, call: Callable[[Clients], Any], refusal: str | None = None) -> Any:
         """The answer of a call that is made again, wherever somebody lives, until it has one.

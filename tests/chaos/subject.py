@@ -165,7 +165,7 @@ class Subject:
         return engine_id
 
     def _marker(self) -> Path:
-        return self._platform.directory / "var" / "engines" / str(self._id()) / "data" / "marker"
+        return self._platform.volume(self._id()) / "marker"
 
     def _process(self, engine_id: str) -> psutil.Process:
         process = process_of(self._platform, engine_id)

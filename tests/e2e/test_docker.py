@@ -6,9 +6,10 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import aiohttp
 import grpc
@@ -18,7 +19,7 @@ from docker import APIClient
 from september.admission.v1 import admission_service_pb2 as admission_pb
 from september.provisioner.v1 import provisioner_service_pb2 as pb
 from services.provisioner.backends.base import EngineSpec
-from services.provisioner.backends.engine_template import INSTALLATION_LABEL, EngineTemplate
+from services.provisioner.backends.engine_template import INSTALLATION_LABEL, EngineTemplate, volume_name
 from services.provisioner.backends.hardening import deviations
 from tests.canaries import Canaries
 from tests.harness import ROOT, Clients, Platform, Product, eventually, reason
@@ -55,6 +56,14 @@ class DockerPlatform(Platform):
             "containers": len(containers),
             "volumes": len(self.api.volumes(filters=self.filters())["Volumes"] or []),
         }
+
+    @cached_property
+    def volumes(self) -> Path:
+        """Where Docker keeps them."""
+        return Path(self.api.info()["DockerRootDir"]) / "volumes"
+
+    def volume(self, engine_id: UUID) -> Path:
+        return self.volumes / volume_name(engine_id) / "_data"
 
 
 NOTHING = {"rows": 0, "ports": 0, "containers": 0, "volumes": 0}

@@ -1,0 +1,95 @@
+"""Kills, stops and restarts the parts of a platform at random moments."""
+
+import asyncio
+import os
+import random
+import signal
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+
+from tests.harness import Platform, Service
+
+# How long a part is stopped: up to three leases.
+_LONGEST_STOP_S = 3.0
+_LONGEST_PEACE_S = 0.5
+
+
+class Part:
+    """A service that comes back at its address.
+
+    Args:
+        start: starts it, with these settings besides.
+        listen: the variable of its address.
+    """
+
+    def __init__(self, start: Callable[..., Service], listen: str) -> None:
+        self._start = start
+        self.service = start()
+        self._settings = {listen: self.service.address}
+
+    async def kill(self) -> None:
+        await asyncio.to_thread(self.service.kill)
+        await self._come_back()
+
+    async def end(self) -> None:
+        await asyncio.to_thread(self.service.terminate)
+        await self._come_back()
+
+    async def stop(self, seconds: float) -> None:
+        """Stops it, and lets it go on after so long."""
+        os.kill(self.service.process.pid, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            os.kill(self.service.process.pid, signal.SIGCONT)
+
+    async def _come_back(self) -> None:
+        self.service = await asyncio.shield(asyncio.to_thread(self._start, **self._settings))
+
+
+def parts_of(platform: Platform) -> list[Part]:
+    """Two Provisioners, and an Admission that calls the first."""
+    provisioners = [Part(platform.provisioner, "ORCH_PROVISIONER_LISTEN") for _ in range(2)]
+    first = provisioners[0].service
+
+    def admission(**settings: str) -> Service:
+        return platform.admission(first, **settings)
+
+    return [*provisioners, Part(admission, "ORCH_ADMISSION_LISTEN")]
+
+
+@asynccontextmanager
+async def mischief(
+    parts: Sequence[Part], chance: random.Random, *others: Callable[[], None]
+) -> AsyncIterator[list[str]]:
+    """Within the block things happen to the parts, and `others` happen; gives the list of what did."""
+    done: list[str] = []
+    over = asyncio.Event()
+
+    async def go_on() -> None:
+        while not over.is_set():
+            # The moment is the point here, not a wait for anything.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(chance.uniform(0, _LONGEST_PEACE_S)):
+                    await over.wait()
+            victim = chance.randrange(len(parts) + len(others))
+            if victim >= len(parts):
+                await asyncio.to_thread(others[victim - len(parts)])
+                done.append("other")
+                continue
+            deed = chance.choice(["kill", "end", "stop"])
+            match deed:
+                case "kill":
+                    await parts[victim].kill()
+                case "end":
+                    await parts[victim].end()
+                case _:
+                    await parts[victim].stop(chance.uniform(0, _LONGEST_STOP_S))
+            done.append(deed)
+
+    async with asyncio.TaskGroup() as group:
+        group.create_task(go_on())
+        try:
+            yield done
+        finally:
+            over.set()
