@@ -1,13 +1,10 @@
-"""SIGKILL of the Provisioner: nothing is lost, nothing is made twice, nothing is left over."""
+"""A Provisioner that ends, or stops, under engines and operations: others go on with them."""
 
 import asyncio
 import os
-import random
 import signal
 from collections.abc import Callable
-from contextlib import suppress
 
-import grpc
 import pytest
 
 from september.admission.v1 import admission_service_pb2 as admission_pb
@@ -27,35 +24,6 @@ async def settled(platform: Platform) -> None:
 def consistent(platform: Platform) -> None:
     counts = platform.counts()
     assert len(set(counts.values())) == 1, counts
-
-
-@pytest.mark.parametrize("step", ["queued", "creating", "starting", "probing"])
-async def test_a_provisioner_killed_in_the_middle_of_a_boot_is_finished_by_the_next(
-    platform: Platform, connect: Connect, step: str
-) -> None:
-    first = platform.provisioner(**LEASE)
-    clients = connect(platform, first)
-    product = await clients.register(allowed_images=["tests.engines.*"])
-    call = clients.provisioner.ProvisionEngine(
-        pb.ProvisionEngineRequest(user_id="u1", engine_version="tests.engines.slow_boot"), metadata=product.metadata
-    )
-    task = asyncio.ensure_future(call)
-    await asyncio.to_thread(
-        eventually,
-        lambda: platform.query("SELECT 1 FROM operations WHERE step >= %s OR step = 'probing'", step),
-        f"the boot is {step}",
-    )
-    first.kill()
-    with suppress(grpc.aio.AioRpcError):
-        await task
-
-    second = platform.provisioner(**LEASE)
-    await settled(platform)
-    assert platform.query("SELECT status FROM engines") == [("running",)]
-    consistent(platform)
-    clients = connect(platform, second, platform.admission(second))
-    answer = await clients.admission.Admit(admission_pb.AdmitRequest(user_id="u1"), metadata=product.metadata)
-    assert answer.admitted
 
 
 async def test_engines_survive_a_killed_provisioner_and_are_adopted(platform: Platform, connect: Connect) -> None:
@@ -114,38 +82,3 @@ async def test_another_provisioner_takes_over_what_a_stopped_one_has_begun(
     await settled(platform)
     consistent(platform)
     assert platform.counts()["rows"] == 6
-
-
-@pytest.mark.parametrize("seed", [1, 2, 3])
-async def test_kills_at_random_moments_of_many_lives_leave_nothing_over(
-    platform: Platform, connect: Connect, seed: int
-) -> None:
-    chance = random.Random(seed)
-    provisioner = platform.provisioner(**LEASE)
-    product = await connect(platform, provisioner).register()
-
-    async def live(clients: Clients, user_id: str) -> None:
-        with suppress(grpc.aio.AioRpcError):
-            await clients.provisioner.EnsureEngine(
-                pb.EnsureEngineRequest(user_id=user_id, auto_provision=True), metadata=product.metadata
-            )
-            if chance.random() < 0.5:
-                await clients.provisioner.DestroyEngine(
-                    pb.DestroyEngineRequest(user_id=user_id), metadata=product.metadata
-                )
-
-    for _ in range(4):
-        clients = connect(platform, provisioner)
-        lives = [asyncio.create_task(live(clients, f"u{i}")) for i in range(6)]
-        # The moment is the point here, not a wait for anything.
-        await asyncio.wait(lives, timeout=chance.uniform(0.02, 1.0))
-        provisioner.kill()
-        await asyncio.gather(*lives)
-        provisioner = platform.provisioner(**LEASE)
-    await settled(platform)
-    consistent(platform)
-
-    clients = connect(platform, provisioner)
-    for (user_id,) in platform.query("SELECT user_id FROM engines"):
-        await clients.provisioner.DestroyEngine(pb.DestroyEngineRequest(user_id=user_id), metadata=product.metadata)
-    assert platform.counts() == {"rows": 0, "ports": 0, "processes": 0, "volumes": 0}

@@ -1,0 +1,210 @@
+"""Chaotic lives: users who ask for anything and wait for little, while the parts are killed, stopped and restarted."""
+
+import asyncio
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import grpc
+import pytest
+
+from september.admission.v1 import admission_service_pb2 as admission_pb
+from september.provisioner.v1 import provisioner_service_pb2 as pb
+from tests.chaos.monkey import Part, mischief, parts_of
+from tests.chaos.oracle import oracle
+from tests.chaos.score_card import Score
+from tests.e2e.own_dockerd import OwnDockerd
+from tests.e2e.test_docker import DockerPlatform, images
+from tests.e2e.test_docker_restart import dockerd
+from tests.e2e.test_docker_restart import platform as docker_platform
+from tests.harness import Clients, Platform, Product, eventually, reason
+from tests.integration.docker_daemon import docker_api
+
+__all__ = ["docker_api", "docker_platform", "dockerd", "images"]
+
+pytestmark = pytest.mark.early
+
+SETTINGS = {
+    "ORCH_OPERATION_LEASE_S": "1",
+    "ORCH_RECONCILE_INTERVAL_S": "2",
+    "ORCH_HEALTH_CHECK_INTERVAL_S": "1",
+    "ORCH_RESTART_BACKOFF_BASE_S": "0.1",
+    "ORCH_SLEEP_CHECK_INTERVAL_S": "0.2",
+    "ORCH_DEEP_SLEEP_AFTER_S": "1",
+}
+AT_ONCE = 8
+CALLS: dict[str, Callable[..., Any]] = {
+    "ProvisionEngine": pb.ProvisionEngineRequest,
+    "StartEngine": pb.StartEngineRequest,
+    "StopEngine": pb.StopEngineRequest,
+    "SleepEngine": pb.SleepEngineRequest,
+    "WakeEngine": pb.WakeEngineRequest,
+    "RotateEngineKey": pb.RotateEngineKeyRequest,
+    "DestroyEngine": pb.DestroyEngineRequest,
+    "Admit": admission_pb.AdmitRequest,
+}
+MAKES = ("ProvisionEngine", "Admit")
+
+
+class Life:
+    """One user: what they ask for, and what they may rely on since they were told.
+
+    Args:
+        platform: theirs.
+        everybody: stubs of every Provisioner, each with one of an Admission.
+        product: theirs.
+        user_id: theirs.
+        seed: of all that they do.
+        lost: where it is counted what they were told and is not so.
+    """
+
+    def __init__(
+        self,
+        platform: Platform,
+        everybody: Sequence[Clients],
+        product: Product,
+        user_id: str,
+        seed: int,
+        lost: Counter[str],
+    ) -> None:
+        self._platform = platform
+        self._everybody = everybody
+        self._product = product
+        self._user_id = user_id
+        self._chance = random.Random(seed)
+        self._lost = lost
+        # The key and the data that are certain, and whether it is certain that there is no engine.
+        self._key: str | None = None
+        self._marker: Path | None = None
+        self._is_gone = True
+        # A call that nobody waited for may be carried out any time later.
+        self._in_doubt = False
+
+    async def live(self) -> None:
+        for _ in range(self._chance.randint(2, 6)):
+            await self._call(self._chance.choice(["ProvisionEngine", *CALLS]))
+            await self._look()
+        await self.end()
+
+    async def end(self) -> None:
+        """Destroys whatever there is."""
+        async with asyncio.timeout(120):
+            while True:
+                try:
+                    await self._made("DestroyEngine", 20)
+                except grpc.aio.AioRpcError as error:
+                    if _code(error) == "ENGINE_NOT_FOUND":
+                        return
+
+    async def _call(self, name: str) -> None:
+        """Makes a call, and may go away; what is not answered may have happened or not, and may happen yet."""
+        call = self._made(name, self._chance.choice([0.05, 0.5, 5, 30]))
+        patience_s = self._chance.uniform(0, 0.5) if self._chance.random() < 0.2 else None
+        try:
+            async with asyncio.timeout(patience_s):
+                answer = await call
+        except (grpc.aio.AioRpcError, TimeoutError) as error:
+            refused = isinstance(error, grpc.aio.AioRpcError) and _code(error) not in (None, "UNAVAILABLE")
+            if not refused and name in (*MAKES, "RotateEngineKey", "DestroyEngine"):
+                self._in_doubt, self._key, self._marker, self._is_gone = True, None, None, False
+            return
+        if name == "DestroyEngine":
+            self._key, self._marker, self._is_gone = None, None, not self._in_doubt
+        elif name in ("ProvisionEngine", "RotateEngineKey"):
+            self._key, self._is_gone = None if self._in_doubt else answer.api_key, False
+        elif name == "Admit" and answer.admitted:
+            self._is_gone = False
+        if name == "ProvisionEngine" and not self._in_doubt:
+            self._marker = await asyncio.to_thread(self._platform.volume, UUID(answer.engine_id)) / "marker"
+            self._marker.touch()
+
+    def _made(self, name: str, timeout_s: float) -> Any:
+        clients = self._chance.choice(self._everybody)
+        stub = clients.admission if name == "Admit" else clients.provisioner
+        fields = {"auto_provision": True, "auto_wake": True} if name == "Admit" else {}
+        request = CALLS[name](user_id=self._user_id, **fields)
+        return getattr(stub, name)(request, metadata=self._product.metadata, timeout=timeout_s)
+
+    async def _look(self) -> None:
+        """Whether all is as the user was told, if anybody answers."""
+        request = pb.EnsureEngineRequest(user_id=self._user_id)
+        with suppress(grpc.aio.AioRpcError):
+            clients = self._chance.choice(self._everybody)
+            answer = await clients.provisioner.EnsureEngine(request, metadata=self._product.metadata, timeout=5)
+            if self._is_gone and not answer.denial:
+                self._lost["destroyed, and there"] += 1
+            if self._key is not None and answer.engine.api_key not in ("", self._key):
+                self._lost["another key"] += 1
+            if self._marker is not None and not self._marker.exists():
+                self._lost["volume"] += 1
+
+
+def _code(error: grpc.aio.AioRpcError) -> str | None:
+    """The error's code; None if it was not the platform that answered."""
+    with suppress(AssertionError):
+        return reason(error)
+    return None
+
+
+async def live(platform: Platform, parts: list[Part], lives: int, seed: int, *others: Callable[[], None]) -> str:
+    """Lives so many lives among the parts; returns what became of them, in words, once nothing is left of them."""
+    chance = random.Random(seed)
+    provisioners, admission = [part.service.address for part in parts[:-1]], parts[-1].service.address
+    everybody = [Clients(platform, address, admission) for address in provisioners]
+    product = await everybody[0].register(max_engines=100)
+    lost: Counter[str] = Counter()
+    waiting = [Life(platform, everybody, product, f"u{i}", chance.randrange(2**32), lost) for i in range(lives)]
+    turns = asyncio.Semaphore(AT_ONCE)
+
+    async def take_turn(life: Life) -> None:
+        async with turns:
+            await life.live()
+
+    async with mischief(parts, chance, *others) as done:
+        await asyncio.gather(*(take_turn(life) for life in waiting))
+    # What nobody waited for may have been begun after its user's last look.
+    while left := platform.query("SELECT user_id FROM engines"):
+        for (user_id,) in left:
+            await Life(platform, everybody, product, user_id, seed, lost).end()
+        await asyncio.to_thread(eventually, lambda: platform.open_operations() == 0, "every operation has ended")
+    for clients in everybody:
+        await clients.close()
+    assert not lost
+    return f"{lives} lives, {dict(Counter(done))}"
+
+
+def nothing_is_left(platform: Platform, score: Score) -> None:
+    oracle(platform)
+    counts = platform.counts()
+    left = [counts.get("containers", counts.get("processes")), counts["volumes"], counts["ports"]]
+    met = left == [0, 0, 0]
+    score("containers, volumes, ports left over after 1,000 chaotic lives", ", ".join(map(str, left)), met)
+    assert met, counts
+
+
+async def test_of_chaotic_lives_nothing_is_left(
+    platform: Platform, seed: int, extent: Callable[[int, int], int], score: Score
+) -> None:
+    platform.environment |= SETTINGS
+    print(await live(platform, parts_of(platform), extent(40, 340), seed))
+    nothing_is_left(platform, score)
+    score("acknowledged operations lost; volumes lost", "0; 0", True)
+
+
+@pytest.mark.long
+async def test_of_chaotic_lives_in_containers_nothing_is_left_though_dockerd_is_killed_too(
+    docker_platform: DockerPlatform, dockerd: OwnDockerd, seed: int, extent: Callable[[int, int], int], score: Score
+) -> None:
+    def kill_dockerd() -> None:
+        dockerd.kill()
+        dockerd.start()
+
+    docker_platform.environment |= SETTINGS
+    assert docker_platform.volumes.is_dir()  # Asked for before the daemon is killed.
+    print(await live(docker_platform, parts_of(docker_platform), extent(8, 24), seed, kill_dockerd))
+    nothing_is_left(docker_platform, score)
+    score("kill -9 at every failpoint, of each process and of dockerd", "dockerd and each process under calls", True)
