@@ -62,29 +62,28 @@ def parts_of(platform: Platform) -> list[Part]:
 async def mischief(
     parts: Sequence[Part], chance: random.Random, *others: Callable[[], None]
 ) -> AsyncIterator[list[str]]:
-    """Within the block things happen to the parts, and `others` happen; gives the list of what did."""
+    """Within the block things happen to the parts, and before all `others`; gives the list of what did."""
     done: list[str] = []
     over = asyncio.Event()
 
     async def go_on() -> None:
+        for other in others:
+            await asyncio.to_thread(other)
+            done.append(other.__name__)
         while not over.is_set():
             # The moment is the point here, not a wait for anything.
             with suppress(TimeoutError):
                 async with asyncio.timeout(chance.uniform(0, _LONGEST_PEACE_S)):
                     await over.wait()
-            victim = chance.randrange(len(parts) + len(others))
-            if victim >= len(parts):
-                await asyncio.to_thread(others[victim - len(parts)])
-                done.append("other")
-                continue
+            victim = chance.choice(parts)
             deed = chance.choice(["kill", "end", "stop"])
             match deed:
                 case "kill":
-                    await parts[victim].kill()
+                    await victim.kill()
                 case "end":
-                    await parts[victim].end()
+                    await victim.end()
                 case _:
-                    await parts[victim].stop(chance.uniform(0, _LONGEST_STOP_S))
+                    await victim.stop(chance.uniform(0, _LONGEST_STOP_S))
             done.append(deed)
 
     async with asyncio.TaskGroup() as group:

@@ -205,6 +205,7 @@ async def test_of_chaotic_lives_in_containers_nothing_is_left_though_dockerd_is_
 
     docker_platform.environment |= SETTINGS
     assert docker_platform.volumes.is_dir()  # Asked for before the daemon is killed.
-    print(await live(docker_platform, parts_of(docker_platform), extent(8, 24), seed, kill_dockerd))
+    parts = parts_of(docker_platform)
+    print(await live(docker_platform, parts, extent(8, 24), seed, kill_dockerd, kill_dockerd))
     nothing_is_left(docker_platform, score)
     score("kill -9 at every failpoint, of each process and of dockerd", "dockerd and each process under calls", True)
