@@ -28,7 +28,7 @@ async def migrate(url: str) -> list[str]:
     scripts = sorted((f for f in folder.iterdir() if f.name.endswith(".sql")), key=lambda f: f.name)
     try:
         connection = await psycopg.AsyncConnection.connect(
-            url, autocommit=True, connect_timeout=5, prepare_threshold=None
+            url, autocommit=True, connect_timeout=5, prepare_threshold=None, target_session_attrs="read-write"
         )
     except psycopg.OperationalError as error:
         log.warning("registry_unreachable", error=str(error))
