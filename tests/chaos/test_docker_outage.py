@@ -1,0 +1,124 @@
+"""Docker hung or gone: running engines are admitted as quickly as ever, and what needs Docker is told in time."""
+
+import asyncio
+import signal
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import pytest
+from docker import APIClient
+
+from tests.chaos.load import admit
+from tests.chaos.outage import RECOVERY_S, Callers, during
+from tests.chaos.score_card import Score
+from tests.e2e.own_dockerd import OwnDockerd, own_dockerd
+from tests.e2e.test_docker import IMAGE, DockerPlatform, images
+from tests.harness import Clients, eventually
+from tests.integration.docker_daemon import docker_api
+
+pytestmark = pytest.mark.early
+
+__all__ = ["docker_api", "images"]
+
+Connect = Callable[..., Clients]
+Extent = Callable[[int, int], int]
+
+# How long a call of Docker's may take; and some for a busy machine.
+CALL_S = 30.0
+TOLD_S = CALL_S + 10
+WINDOW_S = 1.5
+
+
+@pytest.fixture
+def dockerd(docker_api: APIClient, images: None) -> Iterator[OwnDockerd]:
+    with own_dockerd() as dockerd:
+        dockerd.load(IMAGE)
+        yield dockerd
+
+
+@pytest.fixture
+def platform(database_url: str, tmp_path: Path, dockerd: OwnDockerd) -> Iterator[DockerPlatform]:
+    platform = DockerPlatform(
+        database_url,
+        tmp_path,
+        DOCKER_HOST=dockerd.address,
+        ORCH_ENGINE_BACKEND="docker",
+        ORCH_ENGINE_IMAGE=IMAGE,
+        ORCH_ENGINE_NETWORK=dockerd.network,
+        ORCH_PORT_MIN="28000",
+        ORCH_PORT_MAX="28999",
+        # Nothing looks after engines meanwhile: only the answers to calls are watched.
+        ORCH_HEALTH_CHECK_INTERVAL_S="3600",
+    )
+    platform.api = dockerd.client()
+    try:
+        yield platform
+    finally:
+        platform.close()
+        platform.api.close()
+
+
+@contextmanager
+def hung(dockerd: OwnDockerd) -> Iterator[None]:
+    """Within the block it does nothing, and its connections stay open."""
+    dockerd.process.send_signal(signal.SIGSTOP)
+    yield
+    dockerd.process.send_signal(signal.SIGCONT)
+
+
+async def test_of_a_docker_that_hangs_admits_of_running_engines_know_nothing(
+    platform: DockerPlatform, dockerd: OwnDockerd, connect: Connect, score: Score, extent: Extent
+) -> None:
+    provisioner = platform.provisioner()
+    clients = connect(platform, provisioner, platform.admission(provisioner))
+    callers = Callers(platform, clients, await clients.register(), [clients.admission])
+    await callers.open()
+    hangs_for_s = extent(3, 70)
+    p99_s: dict[bool, list[float]] = {False: [], True: []}
+    async with callers.load(100) as running:
+        await running.goes_on()
+        # In turns, and of each the median: what else the machine does comes upon both alike.
+        for _ in range(extent(0, 40)):
+            for hangs in p99_s:
+                begun = time.monotonic()
+                async with during(hung(dockerd) if hangs else nullcontext()):
+                    await asyncio.sleep(WINDOW_S)
+                p99_s[hangs].append(running.p99_s(begun, begun + WINDOW_S))
+        # A create that is asked for now is carried out by Docker when nobody waits for it any more.
+        async with during(hung(dockerd)):
+            asked = asyncio.create_task(
+                admit(clients.admission, callers.product, "new", auto_provision=True, timeout_s=120)
+            )
+            await asyncio.sleep(hangs_for_s)
+        answer = await asked
+        assert answer.outcome == ("admitted" if hangs_for_s < CALL_S else "UNAVAILABLE")
+        assert answer.took_s < TOLD_S
+        assert await callers.recovery_s() <= RECOVERY_S
+        assert (await admit(clients.admission, callers.product, "new", auto_provision=True)).outcome == "admitted"
+    assert running.outcomes().keys() == {"admitted"}
+    eventually(lambda: platform.open_operations() == 0, "every operation has ended")
+    assert len(set(platform.counts().values())) == 1
+    if p99_s[True]:
+        change = statistics.median(p99_s[True]) / statistics.median(p99_s[False]) - 1
+        score("dockerd stopped: change of admit p99", f"{change:+.0%}", change < 0.1)
+
+
+@pytest.mark.long
+async def test_without_docker_whoever_needs_it_is_told_in_time(
+    platform: DockerPlatform, dockerd: OwnDockerd, connect: Connect
+) -> None:
+    provisioner = platform.provisioner()
+    clients = connect(platform, provisioner, platform.admission(provisioner))
+    callers = Callers(platform, clients, await clients.register(), [clients.admission])
+    await callers.open()
+    async with callers.load(50) as running:
+        dockerd.kill()
+        for user_id in ("new", "newer"):
+            answer = await admit(clients.admission, callers.product, user_id, auto_provision=True, timeout_s=TOLD_S)
+            assert answer.outcome == "UNAVAILABLE"
+        await asyncio.to_thread(dockerd.start)
+        assert await callers.recovery_s() <= RECOVERY_S
+    assert running.outcomes().keys() == {"admitted"}
