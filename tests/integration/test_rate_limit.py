@@ -6,15 +6,17 @@ A window is a second here, so that many of them pass. Nothing is timed: what the
 import asyncio
 import itertools
 import json
+import os
 import signal
 import struct
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -107,14 +109,15 @@ class Proxy:
 
 
 class Replica:
-    """A process of `rate_limit_process`."""
+    """A process of `rate_limit_process`, with an environment of its own beside the test's."""
 
-    def __init__(self, orders: Orders) -> None:
+    def __init__(self, orders: Orders, environment: Mapping[str, str]) -> None:
         self.orders = orders
         self.replica_id = UUID(orders.replica_id)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.integration.rate_limit_process", json.dumps(asdict(orders))],
             cwd=ROOT,
+            env={**os.environ, **environment},
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -174,13 +177,15 @@ class Field:
             )
             await connection.execute("INSERT INTO rate_limiters (product_id) VALUES (%s)", [self.product_id])
 
-    async def start(self, url: str | None = None) -> Replica:
+    async def start(
+        self, url: str | None = None, *, callers: int = 8, environment: Mapping[str, str] = MappingProxyType({})
+    ) -> Replica:
         log = str(self._directory / f"admits-{len(self.replicas)}")
         times = {"window_s": WINDOW_S, "lease_s": LEASE_S, "answer_s": ANSWER_S, "stale_ok_s": 60.0}
         orders = Orders(
-            url or self._url, str(uuid4()), str(self.product_id), LIMIT, log, callers=8, pause_s=0.01, **times
+            url or self._url, str(uuid4()), str(self.product_id), LIMIT, log, callers=callers, pause_s=0.01, **times
         )
-        replica = Replica(orders)
+        replica = Replica(orders, environment)
         self.replicas.append(replica)
         await asyncio.to_thread(replica.serving)
         return replica
@@ -221,17 +226,23 @@ async def proxy(database_url: str) -> AsyncIterator[Proxy]:
     await proxy.close()
 
 
-@pytest.fixture
-async def field(database_url: str, tmp_path: Path) -> AsyncIterator[Field]:
+@asynccontextmanager
+async def open_field(database_url: str, directory: Path) -> AsyncIterator[Field]:
     await migrate(database_url)
     database = Database(database_url, application_name="test")
     await database.open()
-    field = Field(database, database_url, tmp_path)
+    field = Field(database, database_url, directory)
     await field.open()
     yield field
     for replica in field.replicas:
         replica.kill()
     await database.close()
+
+
+@pytest.fixture
+async def field(database_url: str, tmp_path: Path) -> AsyncIterator[Field]:
+    async with open_field(database_url, tmp_path) as field:
+        yield field
 
 
 async def test_all_of_the_limit_is_used_by_all_alike_and_never_more_whoever_dies(field: Field) -> None:

@@ -7,7 +7,7 @@ import asyncio
 import itertools
 import time
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -43,19 +43,31 @@ class Load:
         spread_s: over which its first admits are spread, as many as the limit, and so are those that replace
             them later. From then on there are more calls than the limit allows.
         duration_s: until its end.
+        callers: how many there are for each address.
+        pause_s: between two calls of one of them.
     """
 
-    def __init__(self, addresses: list[str], product: Product, spread_s: float, duration_s: float) -> None:
+    def __init__(
+        self,
+        addresses: list[str],
+        product: Product,
+        spread_s: float,
+        duration_s: float,
+        callers: Sequence[int] = CALLERS,
+        pause_s: float = PAUSE_S,
+    ) -> None:
         self.admits: list[tuple[float, float]] = []
         """The moments of each admit as its caller knows them: between the two it was decided."""
         self._addresses = addresses
         self._product = product
+        self._callers = callers
+        self._pause_s = pause_s
         begun = time.monotonic()
         self._moments = iter([begun + spread_s * n / LIMIT for n in range(LIMIT)])
         self.until = begun + duration_s
 
     async def run(self) -> None:
-        await asyncio.gather(*(self._call(index) for index, n in enumerate(CALLERS) for _ in range(n)))
+        await asyncio.gather(*(self._call(index) for index, n in enumerate(self._callers) for _ in range(n)))
 
     async def _call(self, index: int) -> None:
         options = [("grpc.use_local_subchannel_pool", 1)]
@@ -63,7 +75,7 @@ class Load:
             async with grpc.aio.insecure_channel(self._addresses[index], options=options) as channel:
                 admission = AdmissionServiceStub(channel)
                 for _ in range(CALLS_BY_CONNECTION):
-                    await asyncio.sleep(max(next(self._moments, 0) - time.monotonic(), PAUSE_S))
+                    await asyncio.sleep(max(next(self._moments, 0) - time.monotonic(), self._pause_s))
                     if (begun := time.monotonic()) >= self.until:
                         break
                     try:

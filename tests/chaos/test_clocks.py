@@ -1,0 +1,78 @@
+"""Clocks set by an hour, of PostgreSQL and of replicas: no window has more admits than the limit, and hardly fewer."""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.clock import Clock, clock
+from tests.chaos.own_postgres import own_postgres
+from tests.chaos.score_card import Score
+from tests.harness import Clients, running_platform
+from tests.integration.test_rate_limit import open_field
+from tests.integration.test_rate_limit_minute import LIMIT, MINUTE_S, Load
+
+pytestmark = pytest.mark.early
+
+Connect = Callable[..., Clients]
+Extent = Callable[[int, int], int]
+
+REPLICAS = 8
+HOURS = (-1, 0, 1)
+
+
+def clocks(stack: ExitStack, replicas: int) -> list[Clock]:
+    """That of PostgreSQL, and one for each replica."""
+    return [stack.enter_context(clock()) for _ in range(1 + replicas)]
+
+
+async def test_in_no_second_more_than_the_limit_whatever_the_clocks_say(
+    tmp_path: Path, seed: int, extent: Extent
+) -> None:
+    """A window is a second here."""
+    chance = random.Random(seed)
+    with ExitStack() as stack:
+        registrys, *replicas = clocks(stack, 3)
+        postgres = stack.enter_context(own_postgres(environment=registrys.environment))
+        async with open_field(postgres.url, tmp_path) as field:
+            for own in replicas:
+                await field.start(callers=4, environment=own.environment)
+            await field.all_used()
+            for _ in range(extent(1, 10)):
+                registrys.set(chance.choice(HOURS))
+                for own in replicas:
+                    own.set(chance.choice(HOURS))
+                await field.all_used()
+            field.check()
+
+
+@pytest.mark.long
+async def test_in_no_minute_more_than_the_limit_and_hardly_less_whatever_the_clocks_say(
+    tmp_path: Path, connect: Connect, score: Score
+) -> None:
+    chance = random.Random(0)
+    minutes, spread_s = 2, 10.0
+    with ExitStack() as stack:
+        registrys, *replicas = clocks(stack, REPLICAS)
+        postgres = stack.enter_context(own_postgres(environment=registrys.environment))
+        platform = stack.enter_context(running_platform(postgres.url, tmp_path))
+        provisioner = platform.provisioner()
+        addresses = [platform.admission(provisioner, **own.environment).address for own in replicas]
+        product = await connect(platform, provisioner).register(rate_limit_rpm=LIMIT)
+        load = Load(addresses, product, spread_s, minutes * MINUTE_S + spread_s + 4, [2] * REPLICAS, pause_s=0.2)
+        async with asyncio.TaskGroup() as group:
+            running = group.create_task(load.run())
+            while time.monotonic() < load.until - 5:
+                await asyncio.wait([running], timeout=5)
+                chance.choice(replicas).set(chance.choice(HOURS))
+                await asyncio.wait([running], timeout=5)
+                registrys.set(chance.choice(HOURS))
+    over, unused = max(load.most_in_a_minute() - LIMIT, 0), max(1 - load.used(minutes), 0)
+    score("over-admits, 8 replicas, any 60 s, clocks ±1 h", f"{over}", not over)
+    score("under-admission at saturation", f"{unused:.1%}", unused <= 0.01)
+    assert not over
+    assert unused <= 0.01
