@@ -54,6 +54,7 @@ class ReadModel:
             size=_MAX_ENGINES,
         )
         self._next: str | None = None
+        self._incarnation: UUID | None = None
         self._seen: frozenset[int] = frozenset()
         self._pulse = Pulse()
 
@@ -100,6 +101,9 @@ class ReadModel:
         try:
             async with asyncio.timeout(_READ_S):
                 changes = await self._source.changes(None if gap else self._next)
+                if changes.incarnation != self._incarnation and not gap:
+                    # Restored from a backup: what was read before says nothing of it.
+                    gap, changes = True, await self._source.changes(None)
             if gap:
                 await self._keys.renew()
                 await self._engines.renew()
@@ -113,6 +117,7 @@ class ReadModel:
             self._forget(*changes.changed[change_id])
         self._freshness.read(began)
         self._next, self._seen = changes.next, frozenset(changes.changed)
+        self._incarnation = changes.incarnation
         self.known_at = changes.at
 
     def _forget(self, product_id: UUID, user_id: str | None) -> None:

@@ -43,11 +43,13 @@ class Changes:
     Args:
         at: moment on the registry's clock; what was committed before it is in this or an earlier answer.
         next: where to go on reading.
+        incarnation: of the registry: another one than before if it was restored from a backup meanwhile.
         changed: by its id, each change: a product, and its user or None if it is the product itself.
     """
 
     at: datetime
     next: str
+    incarnation: UUID
     changed: Mapping[int, tuple[UUID, str | None]]
 
 

@@ -46,7 +46,7 @@ class SqlRegistry:
         changed = {
             row["change_id"]: (row["product_id"], row["user_id"]) for row in rows if row["change_id"] is not None
         }
-        return Changes(rows[0]["at"], rows[0]["next"], changed)
+        return Changes(rows[0]["at"], rows[0]["next"], rows[0]["incarnation"], changed)
 
     def _to_engine(self, row: dict[str, Any]) -> Engine | UnreadableKey:
         try:

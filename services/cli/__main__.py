@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from services.cli import admit, audit, db, engine, fleet, gateway_alone, keys, product, up
+from services.cli import admit, audit, backup, db, engine, fleet, gateway_alone, keys, product, up
 from services.cli.command import EXIT_CODES
 from services.cli.failure import Failure
 from services.shared import log
@@ -27,6 +27,8 @@ app = typer.Typer(
 app.command("up")(up.up)
 app.command("gateway")(gateway_alone.run)
 app.add_typer(db.app, name="db")
+app.command("backup")(backup.backup)
+app.command("restore")(backup.restore)
 app.add_typer(keys.app, name="keys")
 app.add_typer(product.app, name="product")
 app.add_typer(engine.app, name="engine")

@@ -1,13 +1,13 @@
 """`september keys`: what the master keys have encrypted."""
 
 import asyncio
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import typer
 
 from services.cli import database
 from services.cli.failure import Failure
+from services.cli.progress import counted
 from services.cli.var_directory import VarDirectory
 from services.provisioner.master_key import MasterKeyRotation, Tally
 from services.provisioner.settings import BackendKind
@@ -17,7 +17,6 @@ from services.shared.postgres import Database
 from services.shared.settings import CommonSettings, load
 
 _MOST_NAMED = 100
-_PROGRESS_S = 5.0
 
 app = typer.Typer(help="What the master keys have encrypted.", no_args_is_help=True)
 
@@ -83,20 +82,7 @@ async def _counted(url: str, keyring: EngineKeyring, *, rotate: bool) -> list[Ta
         try:
             rotation = MasterKeyRotation(EncryptedStore(registry), keyring)
             if rotate:
-                typer.echo(f"{await rotation.rotate(_progress())} encrypted anew")
+                typer.echo(f"{await rotation.rotate(counted())} encrypted anew")
             return await rotation.status()
         finally:
             await registry.close()
-
-
-def _progress() -> Callable[[int, int], None]:
-    """Tells on standard error how far it is, now and then."""
-    told = time.monotonic()
-
-    def tell(seen: int, total: int) -> None:
-        nonlocal told
-        if time.monotonic() - told > _PROGRESS_S:
-            told = time.monotonic()
-            typer.echo(f"{seen} of {total}", err=True)
-
-    return tell

@@ -1,13 +1,16 @@
-"""What `up` shows while its parts start."""
+"""What commands show while they take long."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Self
 
+import typer
 from rich.console import Console
 from rich.progress import Progress, ProgressColumn, SpinnerColumn, Task, TextColumn
 from rich.text import Text
+
+_TOLD_S = 5.0
 
 
 class _Elapsed(ProgressColumn):
@@ -44,3 +47,16 @@ class StartProgress:
         self._spinners.update(task, completed=1)
         if not self._console.is_terminal:
             self._console.print(f"{name:<12} ready after {time.monotonic() - began:.1f} s", highlight=False)
+
+
+def counted() -> Callable[[int, int], None]:
+    """Tells on standard error how far it is, now and then."""
+    told = time.monotonic()
+
+    def tell(seen: int, total: int) -> None:
+        nonlocal told
+        if time.monotonic() - told > _TOLD_S:
+            told = time.monotonic()
+            typer.echo(f"{seen} of {total}", err=True)
+
+    return tell

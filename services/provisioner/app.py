@@ -10,8 +10,7 @@ import structlog
 
 from september.provisioner.v1 import fleet_service_pb2_grpc, product_service_pb2_grpc, provisioner_service_pb2_grpc
 from services.provisioner.backends.base import Backend, InstanceState
-from services.provisioner.backends.docker import DockerBackend
-from services.provisioner.backends.process import ProcessBackend
+from services.provisioner.backends.chosen import backend_of
 from services.provisioner.boot import Boot
 from services.provisioner.domain.intent import Newborn
 from services.provisioner.domain.restarts import RestartPolicy
@@ -34,7 +33,7 @@ from services.provisioner.servicers.fleet import FleetServicer
 from services.provisioner.servicers.idempotency import IdempotencyInterceptor
 from services.provisioner.servicers.product import ProductServicer
 from services.provisioner.servicers.provisioner import ProvisionerServicer
-from services.provisioner.settings import BackendKind, ProvisionerSettings, UrlMode
+from services.provisioner.settings import ProvisionerSettings, UrlMode
 from services.provisioner.sleep import FallAsleep
 from services.provisioner.store.audit import AuditStore
 from services.provisioner.store.feed import FeedStore
@@ -85,7 +84,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         await database.open()
         stack.push_async_callback(database.close)
 
-        backend = _backend(settings, await installation_id(database))
+        backend = backend_of(settings, await installation_id(database), settings.catalog_mount_path)
         await backend.open()
         stack.push_async_callback(backend.close)
         if settings.stop_engines_on_exit:
@@ -235,12 +234,6 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         stack.callback(watching.stop)
         log.info("serving", port=port, backend=settings.engine_backend)
         yield port
-
-
-def _backend(settings: ProvisionerSettings, installation: UUID) -> Backend:
-    if settings.engine_backend is BackendKind.DOCKER:
-        return DockerBackend(str(installation), settings.engine_network, settings.catalog_mount_path)
-    return ProcessBackend(str(installation), settings.var_dir / "engines", settings.catalog_mount_path)
 
 
 def _host_url(engine_id: UUID, port: int) -> str:

@@ -10,6 +10,7 @@ from contextlib import suppress
 
 from services.provisioner.backends.base import InstanceState
 from services.provisioner.boot import Boot
+from services.provisioner.domain.engine import EngineStatus
 from services.provisioner.domain.operation import (
     SYSTEM,
     GiveWay,
@@ -63,6 +64,7 @@ class Executor:
             OperationKind.SLEEP: fall_asleep.execute,
             OperationKind.ROTATE_KEY: key_rotation.execute,
             OperationKind.DESTROY: self._destroy,
+            OperationKind.BACKUP: self._let_go,
         }
 
     async def execute(self, operation: Operation, lease: Lease) -> Settled:
@@ -123,6 +125,14 @@ class Executor:
         await self._backend.remove(operation.engine_id, volume=True)
         reached("destroy.removed")
         return await self._store.finish(operation, Outcome.SUCCEEDED)
+
+    async def _let_go(self, operation: Operation, lease: Lease) -> Settled:
+        """Ends the backup of one that died while it copied: it may have left the engine frozen."""
+        engine = await self._store.engine(operation.engine_id)
+        lease.check()
+        if engine.status in (EngineStatus.RUNNING, EngineStatus.FAILED):
+            await self._backend.thaw(operation.engine_id)
+        return await self._store.finish(operation, Outcome.CANCELLED)
 
     async def _end(self, operation: Operation, lease: Lease) -> None:
         """Ends the instance; it is removed if it is there all the same, and its volume is kept.

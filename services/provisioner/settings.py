@@ -7,7 +7,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import NoDecode
 
-from services.shared.settings import CommonSettings
+from services.shared.settings import CommonSettings, StorageSettings
 
 
 class BackendKind(StrEnum):
@@ -28,7 +28,19 @@ def _split(value: Any) -> Any:
     return [name.strip() for name in value.split(",") if name.strip()] if isinstance(value, str) else value
 
 
-class ProvisionerSettings(CommonSettings):
+class BackendSettings(StorageSettings):
+    """What it takes to get to the engines of this host."""
+
+    node: str = Field(
+        "local", min_length=1, description="Name of the host whose backend this is; the same for all who share it."
+    )
+    engine_backend: Annotated[BackendKind, BeforeValidator(_alias)] = Field(
+        BackendKind.DOCKER, description="What runs engines: `docker`, or `process` (alias `subprocess`)."
+    )
+    engine_network: str = Field("engine_net", min_length=1, description="Docker network of engines.")
+
+
+class ProvisionerSettings(BackendSettings, CommonSettings):
     """Settings of the Provisioner."""
 
     admin_key: SecretStr = Field(min_length=16, repr=False, description="Key of operators, at least 16 characters.")
@@ -36,19 +48,12 @@ class ProvisionerSettings(CommonSettings):
         "127.0.0.1:50052",
         description="Address that the Provisioner serves gRPC on: `host:port` or `unix:/path`.",
     )
-    node: str = Field(
-        "local", min_length=1, description="Name of the host whose backend this is; the same for all who share it."
-    )
-    engine_backend: Annotated[BackendKind, BeforeValidator(_alias)] = Field(
-        BackendKind.DOCKER, description="What runs engines: `docker`, or `process` (alias `subprocess`)."
-    )
     engine_image: str = Field(
         "", description="What engines run: an image of Docker, or a Python module for the process backend."
     )
     engine_env_passthrough: Annotated[list[str], NoDecode, BeforeValidator(_split)] = Field(
         [], description="Names of variables that engines get from the Provisioner's own environment, by commas."
     )
-    engine_network: str = Field("engine_net", min_length=1, description="Docker network of engines.")
     engine_url_mode: UrlMode = Field(
         UrlMode.HOST,
         description="Whether engine URLs are for products on this `host`, or for those in the engines' `network`.",

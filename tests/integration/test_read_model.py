@@ -88,6 +88,16 @@ async def known(platform: Platform, connect: Connect) -> Known:
     return known
 
 
+async def test_nothing_is_remembered_of_a_registry_that_was_restored(known: Known, platform: Platform) -> None:
+    with psycopg.connect(platform.database_url) as connection:
+        connection.execute("SET session_replication_role = replica")  # A dump tells no feed what was in it.
+        connection.execute("UPDATE engines SET status = 'stopped'")
+    await asyncio.to_thread(platform.replicas_know)
+    assert await known.answers() == {"admitted"}
+    platform.query("UPDATE installation SET incarnation = gen_random_uuid()")
+    await known.within(OLDEST_S, "engine_sleeping")
+
+
 async def destroy(known: Known) -> str:
     await known.user.call("Destroy")
     return "engine_not_found"

@@ -15,4 +15,4 @@ FROM unnest(%(product_ids)s::uuid[], %(user_ids)s::text[]) AS wanted (product_id
 JOIN engines USING (product_id, user_id)
 
 -- name: changes
-SELECT at, next, change_id, product_id, user_id FROM read_changes(%(since)s::xid8)
+SELECT at, next, incarnation, change_id, product_id, user_id FROM read_changes(%(since)s::xid8), installation

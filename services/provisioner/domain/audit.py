@@ -16,6 +16,7 @@ class AuditAction(StrEnum):
     WAKE = "wake"
     DESTROY = "destroy"
     ROTATE_KEY = "rotate_key"
+    BACKUP = "backup"
     HEALTH_FAILED = "health_failed"
     AUTO_RESTART_START = "auto_restart_start"
     AUTO_RESTART_SUCCESS = "auto_restart_success"

@@ -140,6 +140,7 @@ _UNDER_WAY = {
     "stop": "being stopped",
     "rotate_key": "being given a new key",
     "destroy": "being destroyed",
+    "backup": "being backed up",
 }
 # The operation under way has itself set this status, which so says nothing more.
 _SET_BY_OPERATION = {

@@ -26,6 +26,8 @@ class OperationKind(StrEnum):
     DEEP_SLEEP = "deep_sleep"
     STOP = "stop"
     ROTATE_KEY = "rotate_key"
+    # Keeps the engine still while its volume is copied, and leaves it as it was. Who copies owns it.
+    BACKUP = "backup"
     DESTROY = "destroy"
 
 

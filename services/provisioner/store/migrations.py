@@ -1,6 +1,7 @@
 """The registry's schema: numbered files, each applied once, in order, in a transaction of its own."""
 
 from importlib.resources import files
+from importlib.resources.abc import Traversable
 
 import psycopg
 import structlog
@@ -14,6 +15,16 @@ log = structlog.get_logger(__name__)
 _LOCK = 7_267_356_001
 
 
+def names() -> list[str]:
+    """Names of all migrations that this version knows, in order."""
+    return [script.name for script in _scripts()]
+
+
+def _scripts() -> list[Traversable]:
+    folder = files("services.provisioner") / "sql" / "migrations"
+    return sorted((f for f in folder.iterdir() if f.name.endswith(".sql")), key=lambda f: f.name)
+
+
 async def migrate(url: str) -> list[str]:
     """Brings the registry's schema up to date; returns the names of what was applied.
 
@@ -24,8 +35,7 @@ async def migrate(url: str) -> list[str]:
     Raises:
         Unavailable: PostgreSQL can't be reached.
     """
-    folder = files("services.provisioner") / "sql" / "migrations"
-    scripts = sorted((f for f in folder.iterdir() if f.name.endswith(".sql")), key=lambda f: f.name)
+    scripts = _scripts()
     try:
         connection = await psycopg.AsyncConnection.connect(
             url, autocommit=True, connect_timeout=5, prepare_threshold=None, target_session_attrs="read-write"

@@ -1,0 +1,121 @@
+"""Copies of the volumes of the local Docker daemon."""
+
+import io
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import UUID
+
+from docker import APIClient
+from docker.errors import APIError, NotFound
+from docker.types import Mount
+from docker.utils import kwargs_from_env
+
+from services.provisioner.backends.docker_errors import translated
+from services.provisioner.backends.engine_template import INSTALLATION_LABEL, copier_name, volume_labels, volume_name
+from services.shared.errors import BackendError, Unavailable
+
+_RESTORED_LABEL = "september.restored_from"
+_IMAGE = "september-volume-copy"
+
+
+class DockerVolumes:
+    """By containers that have the volume, and are never started; their image is empty.
+
+    Args:
+        installation: label of what is ours.
+        timeout_s: seconds that the daemon may be silent.
+    """
+
+    def __init__(self, installation: str, *, timeout_s: float = 60.0) -> None:
+        self._installation = installation
+        self._timeout_s = timeout_s
+        self._client: APIClient | None = None
+
+    def open(self) -> None:
+        environment = kwargs_from_env()
+        with translated():
+            self._client = APIClient(
+                environment.get("base_url"),
+                timeout=self._timeout_s,  # type: ignore[arg-type]  # of each read and write on the socket
+                tls=environment.get("tls", False),
+            )
+            nothing = io.BytesIO()
+            tarfile.open(fileobj=nothing, mode="w").close()
+            self._client.import_image_from_data(nothing.getvalue(), repository=_IMAGE, tag=self._installation)
+
+    def close(self) -> None:
+        if self._client is not None:
+            with suppress(APIError):
+                self._client.remove_image(f"{_IMAGE}:{self._installation}")
+            self._client.close()
+
+    def save(self, engine_id: UUID, archive: Path) -> bool:
+        with translated():
+            if self._labels(engine_id) is None:
+                return False
+            with self._mounted(engine_id) as container, archive.open("wb") as file:
+                content, _ = self._api.get_archive(container, "/data")
+                for chunk in content:
+                    file.write(chunk)
+        return True
+
+    def restore(self, engine_id: UUID, archive: Path, backup_id: UUID) -> bool:
+        with translated():
+            labels = self._labels(engine_id)
+            if labels is not None and labels.get(_RESTORED_LABEL) != str(backup_id):
+                return False
+            if labels is not None:
+                self._remove_copier(engine_id)
+                self._api.remove_volume(volume_name(engine_id))
+            self._api.create_volume(
+                volume_name(engine_id),
+                labels={**volume_labels(self._installation, engine_id), _RESTORED_LABEL: str(backup_id)},
+            )
+            with self._mounted(engine_id) as container, archive.open("rb") as file:
+                if not self._api.put_archive(container, "/", file):
+                    raise BackendError("the container service refused the engine's volume")
+        return True
+
+    @property
+    def _api(self) -> APIClient:
+        if self._client is None:
+            raise Unavailable("the container service can't be reached")
+        return self._client
+
+    def _labels(self, engine_id: UUID) -> dict[str, str] | None:
+        """Labels of the engine's volume; None if it has none.
+
+        Raises:
+            BackendError: it is another installation's.
+        """
+        try:
+            labels: dict[str, str] = self._api.inspect_volume(volume_name(engine_id))["Labels"] or {}
+        except NotFound:
+            return None
+        if labels.get(INSTALLATION_LABEL) != self._installation:
+            raise BackendError("the engine's volume belongs to another installation")
+        return labels
+
+    @contextmanager
+    def _mounted(self, engine_id: UUID) -> Iterator[str]:
+        """The id of a container that has the engine's volume at `/data`."""
+        self._remove_copier(engine_id)
+        container = self._api.create_container(
+            f"{_IMAGE}:{self._installation}",
+            ["/never-started"],
+            name=copier_name(engine_id),
+            network_disabled=True,
+            labels={INSTALLATION_LABEL: self._installation},
+            host_config=self._api.create_host_config(mounts=[Mount("/data", volume_name(engine_id))]),
+        )["Id"]
+        try:
+            yield container
+        finally:
+            self._remove_copier(engine_id)
+
+    def _remove_copier(self, engine_id: UUID) -> None:
+        """One that a copy which died has left would keep the volume from being removed."""
+        with suppress(NotFound):
+            self._api.remove_container(copier_name(engine_id), force=True)
