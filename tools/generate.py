@@ -6,7 +6,8 @@
 - `docs/errors.md`: the error table for readers;
 - `docs/openapi.json`: the REST calls, for tools;
 - `docs/cli.md`: the commands of `september`;
-- `docs/api.md`, `docs/configuration.md`, `docs/lifecycle.svg`: methods, settings, transitions.
+- `docs/api.md`, `docs/configuration.md`, `docs/metrics.md`, `docs/lifecycle.svg`: methods, settings, metrics,
+  transitions.
 
 The protos of googleapis come from the installed wheel. buf lints and builds; the
 code generator is the protoc inside grpcio-tools, because the gRPC plugin for

@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 from google.api import annotations_pb2  # type: ignore[import-untyped]
 from google.protobuf import descriptor_pb2
+from prometheus_client import REGISTRY
 from pydantic_core import PydanticUndefined
 
 from services.admission.settings import AdmissionSettings
@@ -30,6 +32,7 @@ def main() -> None:
     image = descriptor_pb2.FileDescriptorSet.FromString((root / "build" / "image.binpb").read_bytes())
     (root / "docs" / "api.md").write_text(_api(image))
     (root / "docs" / "configuration.md").write_text(_configuration())
+    (root / "docs" / "metrics.md").write_text(_metrics())
     (root / "docs" / "lifecycle.svg").write_text(svg())
 
 
@@ -128,6 +131,28 @@ def _configuration() -> str:
             if name in names:
                 variables = ", ".join(f"`{v}`" for v in (variable(name), file_variables(settings).get(name)) if v)
                 lines.append(f"| {variables} | {_default(field.default)} | {field.description} |")
+    return "\n".join([*lines, ""])
+
+
+def _metrics() -> str:
+    lines = [
+        _NOTE + "# Metrics",
+        "What each part tells Prometheus, where it is told to; [observability.md](observability.md) says how, and what",
+        "to make of it. Besides, each tells of its process and of Python (`process_…`, `python_…`). The samples of a",
+        "counter have `_total` behind its name, those of a histogram `_bucket`, `_sum` and `_count`.",
+    ]
+    told: set[str] = set()
+    for title, module in (
+        ("Both services", "services.shared.metrics"),
+        ("Admission", "services.admission.metrics"),
+        ("Provisioner", "services.provisioner.metrics"),
+    ):
+        import_module(module)
+        lines += ["", f"## {title}", "", "| metric | type | |", "|---|---|---|"]
+        for metric in REGISTRY.collect():
+            if metric.name.startswith("september_") and metric.name not in told:
+                told.add(metric.name)
+                lines.append(f"| `{metric.name}` | {metric.type} | {metric.documentation} |")
     return "\n".join([*lines, ""])
 
 

@@ -8,6 +8,7 @@ local REQUEST_HEADERS = {
   -- The log and the answers that Envoy makes itself need these two.
   ["x-envoy-original-method"] = true, ["x-envoy-original-path"] = true,
   ["idempotency-key"] = true, ["x-admin-key"] = true, ["x-platform-key"] = true, ["x-request-id"] = true,
+  ["traceparent"] = true,
 }
 local GRPC_REQUEST_HEADERS = {
   ["grpc-accept-encoding"] = true, ["grpc-encoding"] = true, ["grpc-timeout"] = true, ["user-agent"] = true,

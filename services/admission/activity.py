@@ -17,6 +17,7 @@ from uuid import UUID
 
 import structlog
 
+from services.admission.metrics import FLUSHES
 from services.shared import queries
 from services.shared.errors import Unavailable
 from services.shared.postgres import Database
@@ -118,7 +119,9 @@ class ActivityLog:
             for engine_id, use in uses.items():
                 later = self._uses.setdefault(engine_id, use)
                 later.awake_until = max(later.awake_until, use.awake_until)
+            FLUSHES.labels("failed").inc()
             raise
+        FLUSHES.labels("written").inc()
 
     async def _write(self, uses: dict[UUID, _Use], denials: Counter[tuple[UUID, str]], flushed_at: datetime) -> None:
         now = time.monotonic()

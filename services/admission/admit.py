@@ -5,6 +5,7 @@ from typing import Protocol
 
 from services.admission.activity import Activity
 from services.admission.domain import Admitted, Decision, DenialReason, Denied, Engine, EngineStatus, Product
+from services.admission.metrics import ADMITS, ADMITTED
 from services.admission.ratelimit import Limiter
 from services.admission.registry import Registry
 from services.shared.errors import (
@@ -90,6 +91,7 @@ class Admission:
                 # Nothing has run since the look: whoever announces a sleep finds either the note, or
                 # that this replica knew of the announcement.
                 self._activity.admitted(engine.engine_id, keep_awake_s)
+                ADMITS.counts[ADMITTED] += 1
                 return Admitted(engine)
             reason = _denial(engine, auto_provision=auto_provision, auto_wake=auto_wake)
             if reason is None:
@@ -99,6 +101,7 @@ class Admission:
                 self._registry.forget_engine(product.product_id, user_id)
                 if isinstance(answer, Engine):
                     self._activity.admitted(answer.engine_id, keep_awake_s)
+                    ADMITS.counts[ADMITTED] += 1
                     return Admitted(answer)
                 reason = answer
         except ServiceError as error:
@@ -106,6 +109,7 @@ class Admission:
                 self._activity.denied(product.product_id, error.code)
             raise
         self._activity.denied(product.product_id, reason)
+        ADMITS.counts[reason] += 1
         return Denied(reason)
 
     async def engine(self, platform_keys: Sequence[str], user_id: str) -> Engine:

@@ -12,6 +12,7 @@ from services.admission import replica
 from services.admission.activity import ActivityLog
 from services.admission.admit import Admission
 from services.admission.calls import AdmissionCalls
+from services.admission.metrics import LIMITER_WAITING, REMEMBERED, SHARES, STALE
 from services.admission.provisioner_client import ProvisionerClient
 from services.admission.ratelimit import LeasedLimiter
 from services.admission.ratelimit_sql import SqlLedger, forget_replica
@@ -24,8 +25,11 @@ from services.shared import embedded_postgres
 from services.shared.grpc_server import GrpcServer
 from services.shared.keys import EngineKeyring
 from services.shared.loops import supervise
+from services.shared.metrics import REGISTRY_AGE
+from services.shared.metrics_server import serving_metrics
 from services.shared.postgres import Database
 from services.shared.service import background
+from services.shared.tracing import exporting_traces, traced
 
 log = structlog.get_logger(__name__)
 
@@ -51,7 +55,12 @@ async def serve_as_worker(settings: AdmissionSettings) -> AsyncIterator[int]:
 
 @asynccontextmanager
 async def _serve(settings: AdmissionSettings, *, share_port: bool) -> AsyncIterator[int]:
-    server = GrpcServer(settings.admission_listen, share_port=share_port, identity=settings.identity())
+    server = GrpcServer(
+        settings.admission_listen,
+        traced(settings.traces_addr),
+        share_port=share_port,
+        identity=settings.identity(),
+    )
     port = server.bind()
     async with core(settings) as calls, AsyncExitStack() as stack:
         server.server.add_generic_rpc_handlers((handlers(calls),))
@@ -64,7 +73,11 @@ async def _serve(settings: AdmissionSettings, *, share_port: bool) -> AsyncItera
 @asynccontextmanager
 async def core(settings: AdmissionSettings) -> AsyncIterator[AdmissionCalls]:
     """All that decides, open from entry to exit, without a host that brings it calls."""
-    async with AsyncExitStack() as stack:
+    async with (
+        serving_metrics(settings.admission_metrics_listen),
+        exporting_traces("admission", settings.traces_addr),
+        AsyncExitStack() as stack,
+    ):
         url = settings.database_url
         if url is None:
             url = await asyncio.to_thread(embedded_postgres.start, settings.var_dir / "postgres")
@@ -96,6 +109,7 @@ async def core(settings: AdmissionSettings) -> AsyncIterator[AdmissionCalls]:
         stack.push_async_callback(ledger.close)
         limiter = LeasedLimiter(ledger, stale_ok_s=settings.stale_ok_s)
         stack.push_async_callback(limiter.close)
+        _observe(registry, limiter)
         await stack.enter_async_context(
             background(
                 supervise(
@@ -108,3 +122,13 @@ async def core(settings: AdmissionSettings) -> AsyncIterator[AdmissionCalls]:
             )
         )
         yield AdmissionCalls(Admission(registry, limiter, provisioner, activity))
+
+
+def _observe(registry: ReadModel, limiter: LeasedLimiter) -> None:
+    """Has looked at, whenever Prometheus asks, what these know of themselves."""
+    REGISTRY_AGE.set_function(registry.age_s)
+    STALE.set_function(registry.stale)
+    REMEMBERED.labels("keys").set_function(lambda: registry.remembered()[0])
+    REMEMBERED.labels("engines").set_function(lambda: registry.remembered()[1])
+    SHARES.set_function(limiter.held)
+    LIMITER_WAITING.set_function(limiter.waiting)

@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
+App = Callable[[Event, Receive, Send], Awaitable[None]]
 
 # As many as the gateway has under way to a service of another process.
 _MAX_CALLS = 10_000

@@ -1,15 +1,17 @@
 """Admission inside of the gateway: Envoy's dynamic module loads `services.admission.lane:app`."""
 
+import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 from services.admission.app import core
-from services.admission.asgi import AdmissionApp, Served
+from services.admission.asgi import AdmissionApp, App, Served
+from services.admission.asgi_tracing import TracedApp
 from services.admission.calls import SERVICE, Method
 from services.admission.settings import AdmissionSettings
 from services.shared import log
 from services.shared.errors import BootTimeout, ServiceError, Unavailable
-from services.shared.settings import load
+from services.shared.settings import load, variable
 
 # As deploy/envoy/envoy.yaml has it for the routes of other services; a boot may be undone before it is answered.
 _QUICK_S = 15.0
@@ -44,4 +46,6 @@ async def _opened() -> AsyncIterator[Mapping[str, Served]]:
         yield served(calls.methods, settings.boot_timeout_s)
 
 
-app = AdmissionApp(_opened)
+app: App = AdmissionApp(_opened)
+if variable("traces_addr") in os.environ:
+    app = TracedApp(app)

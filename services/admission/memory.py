@@ -46,6 +46,10 @@ class Freshness:
         """Whether what was true when changes were last read may still be told."""
         return self.clock() - self._read_at < self._stale_ok_s
 
+    def age_s(self) -> float:
+        """Seconds since changes were last read, or before which all was learned anew."""
+        return self.clock() - self._read_at
+
     def gap(self) -> bool:
         """Whether changes may have been missed since they were last read."""
         return self._lost or self.clock() - self._read_at > _LONGEST_GAP_S
@@ -107,6 +111,10 @@ class Memory(Generic[K, V]):
         self._missed: dict[K, asyncio.Future[None]] = {}
         self._under_way: list[_LookUp[K]] = []
         self._learner: asyncio.Task[None] | None = None
+
+    def __len__(self) -> int:
+        """How many things are remembered, and how many that do not exist."""
+        return len(self._remembered) + len(self._absent)
 
     async def get(self, key: K) -> V | None:
         """What exists under the key. Nothing else runs between the last look and the return.

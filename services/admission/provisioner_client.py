@@ -1,6 +1,7 @@
 """The Provisioner over gRPC."""
 
 import asyncio
+import time
 from datetime import UTC
 from uuid import UUID
 
@@ -10,9 +11,11 @@ from september.engine.v1 import denial_pb2, engine_pb2
 from september.provisioner.v1.provisioner_service_pb2 import EnsureEngineRequest, EnsureEngineResponse
 from september.provisioner.v1.provisioner_service_pb2_grpc import ProvisionerServiceStub
 from services.admission.domain import DenialReason, Engine, EngineStatus
+from services.admission.metrics import PROVISIONER_CALLS
 from services.shared.errors import BootTimeout, ServiceError, Unavailable
 from services.shared.grpc_client import answered_error
 from services.shared.tls import Identity, channel
+from services.shared.tracing import onward
 
 # After its timeout a failed boot is undone before it is answered.
 _MARGIN_S = 20.0
@@ -71,12 +74,17 @@ class ProvisionerClient:
         return _to_engine(response.engine)
 
     async def _ensure(self, request: EnsureEngineRequest, platform_key: str) -> EnsureEngineResponse:
+        begun, result = time.monotonic(), "answered"
         try:
             return await self._stub.EnsureEngine(
-                request, timeout=self._patience_s, metadata=(("x-platform-key", platform_key),)
+                request, timeout=self._patience_s, metadata=(("x-platform-key", platform_key), *onward())
             )
         except grpc.aio.AioRpcError as error:
-            raise _to_error(error) from error
+            answer = answered_error(error)
+            result = "unreachable" if answer is None else "refused"
+            raise answer or _to_error(error) from error
+        finally:
+            PROVISIONER_CALLS.labels(result).observe(time.monotonic() - begun)
 
     def _forget(self, call: asyncio.Task[EnsureEngineResponse]) -> None:
         self._calls.discard(call)
@@ -86,9 +94,7 @@ class ProvisionerClient:
 
 
 def _to_error(error: grpc.aio.AioRpcError) -> ServiceError:
-    answered = answered_error(error)
-    if answered is not None:
-        return answered
+    """For callers, what gRPC says that is no answer of the Provisioner."""
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return BootTimeout("the engine was not ready in time")
     return Unavailable("the provisioner can't be reached")

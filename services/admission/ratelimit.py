@@ -25,6 +25,7 @@ from uuid import UUID
 import structlog
 
 from services.admission.domain import Product
+from services.admission.metrics import CLAIMS, EXCHANGES, TOKENS
 from services.admission.ratelimit_ledger import ANSWER_S, LEASE_S, PROMISED_ANSWERS, WINDOW_S, Claim, Ledger
 from services.admission.ratelimit_share import Share, Waiter
 from services.shared.errors import RateLimited, ServiceError, Unavailable
@@ -129,6 +130,14 @@ class LeasedLimiter:
             self._asked.give()
         await waiter.token
 
+    def held(self) -> int:
+        """Admits in a window that this replica may make without asking, of all products together."""
+        return sum(share.bound for share in list(self._shares.values()))
+
+    def waiting(self) -> int:
+        """Calls that wait for a token."""
+        return sum(len(share.waiters) for share in list(self._shares.values()))
+
     async def run(self) -> None:
         """Asks for what calls wait for, one exchange at a time, and looks after all shares once in a lease."""
         tick_at = self._clock()
@@ -152,7 +161,7 @@ class LeasedLimiter:
             due |= dict.fromkeys(islice((share for share in shares if share.aged(now)), _RENEWED_AT_ONCE))
         claims = {share: share.claim(now, promised=self._reachable) for share in due}
         for share in shares:
-            share.lapse()
+            TOKENS.inc(share.lapse())
         if claims or now >= self._rests_until or not self._reachable or any(share.count for share in shares):
             self._rests_until = now + _RESTING_LEASES * self._lease_s
             await self._exchange(claims, [share.product_id for share in shares if share.spare and share not in claims])
@@ -181,11 +190,14 @@ class LeasedLimiter:
         try:
             grants = await self._ledger.exchange(list(claims.values()), spare)
         except Unavailable:
+            EXCHANGES.labels("failed").inc()
             self._reachable = False
             self._waiting = {}
             for share in self._shares.values():
                 self._serve(share, _unreachable)
             return
+        EXCHANGES.labels("answered").inc()
+        CLAIMS.inc(len(claims))
         self._reachable = True
         now = self._clock()
         for share, claim in claims.items():

@@ -138,6 +138,11 @@ class Share:
         return moment - now if moment > now else self._lease_s
 
     @property
+    def bound(self) -> int:
+        """The share that it has."""
+        return self._bound
+
+    @property
     def spare(self) -> bool:
         return self._keep > 0 and self._bound > self.count
 
@@ -154,10 +159,11 @@ class Share:
         """Whether it is to be claimed anew although it is not used."""
         return self._bound > 0 and now >= self._trusted_until - (1 - _RENEWED_AFTER) * self._stale_ok_s
 
-    def lapse(self) -> None:
-        """A lease has ended: what is needed is measured anew."""
+    def lapse(self) -> int:
+        """A lease has ended: what is needed is measured anew. Returns the tokens that were taken in it."""
         self._recent_before, self._recent = self._recent, 0
         self.refused = 0
+        return self._recent_before
 
     def claim(self, now: float, *, promised: bool) -> Claim:
         """Binds itself to what it claims to have.

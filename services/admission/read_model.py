@@ -74,6 +74,18 @@ class ReadModel:
     def forget_engine(self, product_id: UUID, user_id: str) -> None:
         self._engines.forget((product_id, user_id))
 
+    def age_s(self) -> float:
+        """How old what is known may be, in seconds, if notifications are lost."""
+        return self._freshness.age_s()
+
+    def stale(self) -> bool:
+        """Whether the registry is done without."""
+        return not self._freshness.vouches()
+
+    def remembered(self) -> tuple[int, int]:
+        """How many platform keys and engines are known, those included that do not exist."""
+        return len(self._keys), len(self._engines)
+
     def hear(self, notification: str) -> None:
         """A notification of the change feed, `product` or `product user`; empty after a reconnect."""
         product_id, _, user_id = notification.partition(" ")

@@ -18,6 +18,11 @@ class AdmissionSettings(CommonSettings):
     admission_workers: int = Field(
         1, ge=1, le=64, description="Processes that serve Admission's address side by side on this machine."
     )
+    admission_metrics_listen: str | None = Field(
+        None,
+        description="Address that Admission serves metrics on, to anybody who reaches it; of several workers each takes"
+        " the next port. Without it they are not served.",
+    )
 
     @model_validator(mode="after")
     def _only_a_port_is_shared(self) -> Self:

@@ -38,7 +38,10 @@ async def serve_by_workers(settings: AdmissionSettings) -> AsyncIterator[int]:
     """
     with _reserved(settings.admission_listen) as port:
         host = settings.admission_listen.rpartition(":")[0]
-        workers = [_Worker(f"{host}:{port}") for _ in range(settings.admission_workers)]
+        workers = [
+            _Worker(f"{host}:{port}", nth_address(settings.admission_metrics_listen, n))
+            for n in range(settings.admission_workers)
+        ]
         try:
             await asyncio.gather(*(worker.start() for worker in workers))
             async with background(_keep_running(workers)):
@@ -68,15 +71,26 @@ def _reserved(address: str) -> Iterator[int]:
         yield int(holder.getsockname()[1])
 
 
+def nth_address(address: str | None, n: int) -> str | None:
+    """The address, `n` ports further on; with port 0, by which each takes a free one, as it is."""
+    if address is None or address.endswith(":0"):
+        return address
+    host, _, port = address.rpartition(":")
+    return f"{host}:{int(port) + n}"
+
+
 class _Worker:
     """One worker after another.
 
     Args:
         address: what they serve on, side by side with others.
+        metrics: what they serve their metrics on, of all workers this one alone; None for no metrics.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, metrics: str | None) -> None:
         self._environment = {**os.environ, "ORCH_ADMISSION_LISTEN": address}
+        if metrics is not None:
+            self._environment["ORCH_ADMISSION_METRICS_LISTEN"] = metrics
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:

@@ -19,7 +19,7 @@ from services.shared.tls import UNIX, Certificate, Identity
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "deploy" / "envoy"
 CONFIG = "envoy.yaml"
-_FAST_LANE, _TLS, _UPSTREAM_TLS = "fast lane", "tls", "upstream tls"
+_FAST_LANE, _TLS, _UPSTREAM_TLS, _TRACING = "fast lane", "tls", "upstream tls", "tracing"
 
 
 class Lane(StrEnum):
@@ -39,6 +39,8 @@ class GatewaySettings:
             for the fast lane: it is inside of the gateway.
         provisioner: `host:port` of the Provisioner, likewise.
         admin_port: port of Envoy's admin interface on 127.0.0.1; 0 takes a free one.
+        collector: `host:port` of a collector of OpenTelemetry; None to trace nothing.
+        traces_percent: part of the calls without a `traceparent` that are traced.
         boot_timeout_s: seconds that the services wait for an engine to be healthy. Routes that change
             engines wait a minute longer, in which a stop before it and an undo after it have their
             time, so that it is the service that answers.
@@ -54,6 +56,8 @@ class GatewaySettings:
     admission: str | None
     provisioner: str
     admin_port: int = 0
+    collector: str | None = None
+    traces_percent: float = 1
     boot_timeout_s: float = 60
     lane_app: str = "services.admission.lane:app"
     operators_listen: str = "127.0.0.1:0"
@@ -75,12 +79,16 @@ def render(settings: GatewaySettings) -> str:
         _FAST_LANE: settings.admission is None,
         _TLS: settings.certificate is not None,
         _UPSTREAM_TLS: settings.identity is not None,
+        _TRACING: settings.collector is not None,
     }
     for part, wanted in parts.items():
         if not wanted:
             template = re.sub(rf" *# <{part}>\n.*?# </{part}>\n", "", template, flags=re.DOTALL)
     return Template(template).substitute(
         ADMIN_PORT=settings.admin_port,
+        TRACES_PERCENT=f"{settings.traces_percent:g}",
+        COLLECTOR_TYPE=_cluster_type(settings.collector),
+        COLLECTOR_ENDPOINTS=_endpoints(settings.collector),
         LISTEN_HOST=listen_host,
         LISTEN_PORT=listen_port,
         OPERATORS_HOST=operators_host,

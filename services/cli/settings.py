@@ -6,16 +6,26 @@ from pydantic import Field, FilePath, model_validator
 
 from services.admission.settings import AdmissionSettings
 from services.provisioner.settings import ProvisionerSettings
-from services.shared.settings import IdentitySettings, PlatformSettings, StorageSettings, check_certificate
+from services.shared.settings import IdentitySettings, StorageSettings, TracingSettings, check_certificate
 from services.shared.tls import Certificate
 
 
-class EdgeSettings(PlatformSettings):
+class EdgeSettings(TracingSettings):
     """Settings of the gateway's listeners."""
 
     gateway_listen: str = Field("127.0.0.1:8080", description="Address that the gateway serves REST and gRPC on.")
     gateway_admin_listen: str = Field(
         "127.0.0.1:8081", description="Address that the gateway serves operators on, apart from all others."
+    )
+    gateway_metrics_port: int = Field(
+        0,
+        ge=0,
+        le=65535,
+        description="Port on 127.0.0.1 of Envoy's own admin interface, whose `/stats/prometheus` has its metrics; 0 for"
+        " any.",
+    )
+    traces_percent: float = Field(
+        1, ge=0, le=100, description="Part of the calls without a `traceparent` that are traced, in percent."
     )
     gateway_cert_file: FilePath | None = Field(
         None,

@@ -11,6 +11,7 @@ import structlog
 from september.provisioner.v1 import fleet_service_pb2_grpc, product_service_pb2_grpc, provisioner_service_pb2_grpc
 from services.provisioner.backends.base import Backend, InstanceState
 from services.provisioner.backends.chosen import backend_of
+from services.provisioner.backends.observed import ObservedBackend
 from services.provisioner.boot import Boot
 from services.provisioner.domain.intent import Newborn
 from services.provisioner.domain.restarts import RestartPolicy
@@ -19,6 +20,7 @@ from services.provisioner.execution import Executor
 from services.provisioner.fleet import Fleet
 from services.provisioner.key_rotation import KeyRotation
 from services.provisioner.lifecycle import Lifecycle
+from services.provisioner.loops.gauges import Gauges
 from services.provisioner.loops.health import Health
 from services.provisioner.loops.housekeeping import Housekeeping
 from services.provisioner.loops.operation_watch import OperationWatch
@@ -27,6 +29,7 @@ from services.provisioner.loops.reconciler import Reconciler
 from services.provisioner.loops.restarter import Restarter
 from services.provisioner.loops.sleeper import Sleeper
 from services.provisioner.loops.warm_pool import WarmPool
+from services.provisioner.metrics import POOL_SIZE
 from services.provisioner.products import Products
 from services.provisioner.servicers.authorization import AuthorizationInterceptor
 from services.provisioner.servicers.fleet import FleetServicer
@@ -38,6 +41,7 @@ from services.provisioner.sleep import FallAsleep
 from services.provisioner.store.audit import AuditStore
 from services.provisioner.store.feed import FeedStore
 from services.provisioner.store.fleet import FleetStore
+from services.provisioner.store.gauges import GaugeStore
 from services.provisioner.store.health import HealthStore
 from services.provisioner.store.idempotency import IdempotencyStore
 from services.provisioner.store.idle import IdleStore
@@ -55,8 +59,10 @@ from services.shared import embedded_postgres
 from services.shared.grpc_server import GrpcServer
 from services.shared.keys import EngineKeyring
 from services.shared.loops import Broadcast, supervise
+from services.shared.metrics_server import serving_metrics
 from services.shared.postgres import Connections, Database
 from services.shared.service import background
+from services.shared.tracing import exporting_traces, traced
 
 log = structlog.get_logger(__name__)
 
@@ -66,7 +72,11 @@ _GRACE_S = 10.0
 @asynccontextmanager
 async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
     """Serves from entry to exit; gives the port."""
-    async with AsyncExitStack() as stack:
+    async with (
+        serving_metrics(settings.provisioner_metrics_listen),
+        exporting_traces("provisioner", settings.traces_addr),
+        AsyncExitStack() as stack,
+    ):
         url = settings.database_url
         if url is None:
             url = await asyncio.to_thread(embedded_postgres.start, settings.var_dir / "postgres")
@@ -76,7 +86,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         keys = IdempotencyStore(database, keyring)
         server = GrpcServer(
             settings.provisioner_listen,
-            [AuthorizationInterceptor(products), IdempotencyInterceptor(keys)],
+            [*traced(settings.traces_addr), AuthorizationInterceptor(products), IdempotencyInterceptor(keys)],
             identity=settings.identity(),
         )
         port = server.bind()
@@ -84,7 +94,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         await database.open()
         stack.push_async_callback(database.close)
 
-        backend = backend_of(settings, await installation_id(database), settings.catalog_mount_path)
+        backend = ObservedBackend(backend_of(settings, await installation_id(database), settings.catalog_mount_path))
         await backend.open()
         stack.push_async_callback(backend.close)
         if settings.stop_engines_on_exit:
@@ -93,7 +103,8 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         await engines.open()
         stack.push_async_callback(engines.close)
 
-        ports = PortAllocator(settings.node, range(settings.port_min, settings.port_max + 1))
+        port_range = range(settings.port_min, settings.port_max + 1)
+        ports = PortAllocator(settings.node, port_range)
         url_of = _network_url if settings.engine_url_mode is UrlMode.NETWORK else _host_url
         owner = uuid4()
 
@@ -165,6 +176,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
             # The other half is for users, also while the pool is being filled.
             most_booting=max(settings.boot_concurrency // 2, 1),
         )
+        POOL_SIZE.set(settings.warm_pool_size)
         lifecycle = Lifecycle(
             intents, warm_pool, watch, keyring, image=settings.image, boot_timeout_s=settings.boot_timeout_s
         )
@@ -193,6 +205,8 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
             audit_retention_days=settings.audit_retention_days,
         )
 
+        gauges = Gauges(GaugeStore(database, node=settings.node, ports=port_range), ports=len(port_range))
+
         changes = Broadcast()
         watching = Watching(intents, changes)
 
@@ -219,6 +233,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
                     warm_pool=filling.lead(warm_pool.run),
                     reconciler=reconciling.lead(reconciler_of(reconciling).run),
                     housekeeping=keeping.lead(housekeeping.run),
+                    gauges=gauges.run(),
                 )
             )
         )

@@ -18,6 +18,7 @@ from services.provisioner.ports import Backend, EngineClient, OperationLog
 from services.shared.errors import BackendError, BootTimeout, Internal, PortExhaustion, ServiceError, Unavailable
 from services.shared.failpoints import reached
 from services.shared.keys import EngineKeyring
+from services.shared.tracing import span
 
 log = structlog.get_logger(__name__)
 
@@ -160,7 +161,8 @@ class Boot:
             await self._store.pin_image(operation, image_id)
         await self._store.set_step(operation, Step.PROBING)
         reached("boot.probing")
-        await self._probe(operation, engine, lease, deadline)
+        with span("probe until healthy"):
+            await self._probe(operation, engine, lease, deadline)
         reached("boot.healthy")
 
     async def _probe(self, operation: Operation, engine: Engine, lease: Lease, deadline: float) -> None:

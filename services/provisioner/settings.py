@@ -48,6 +48,11 @@ class ProvisionerSettings(BackendSettings, CommonSettings):
         "127.0.0.1:50052",
         description="Address that the Provisioner serves gRPC on: `host:port` or `unix:/path`.",
     )
+    provisioner_metrics_listen: str | None = Field(
+        None,
+        description="Address that the Provisioner serves metrics on, to anybody who reaches it. Without it they are"
+        " not served.",
+    )
     engine_image: str = Field(
         "", description="What engines run: an image of Docker, or a Python module for the process backend."
     )

@@ -19,6 +19,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from september.errors.v1 import errors_pb2
 from services.shared.errors import InvalidPlatformKey, InvalidRequest, RateLimited, ServiceError, Unavailable
+from services.shared.metrics import ERRORS
 from services.shared.tls import UNIX, Identity
 
 ERROR_DOMAIN = "platform.september"
@@ -150,9 +151,11 @@ def failure_status(error: BaseException, request_id: str) -> tuple[grpc.StatusCo
         request_id: by which the log is found.
     """
     if isinstance(error, ServiceError):
+        ERRORS.counts[error.code] += 1
         if error.code not in _FLOODS:
             log.info("call_refused", code=error.code, message=error.message)
         return to_status(error.code, error.message, error.retry_after_s)
+    ERRORS.counts["INTERNAL"] += 1
     cancelled = isinstance(error, asyncio.CancelledError)
     log.error("call_cancelled_inside" if cancelled else "call_failed", exc_info=error)
     return to_status("INTERNAL", f"internal error; request id {request_id}")

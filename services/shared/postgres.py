@@ -14,6 +14,7 @@ from psycopg.rows import DictRow, dict_row
 from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
 
 from services.shared.errors import Unavailable
+from services.shared.metrics import LISTENER_LOSSES, POOL, REGISTRY_ERRORS
 
 Connection = psycopg.AsyncConnection[DictRow]
 
@@ -101,6 +102,7 @@ class Database:
         except Unavailable:
             await self.close()
             raise
+        POOL.observe(self._pool.get_stats)
 
     async def close(self) -> None:
         if self._regaining is not None:
@@ -164,6 +166,7 @@ class Database:
                     heard("")
                     async for notification in connection.notifies():
                         heard(notification.payload)
+            LISTENER_LOSSES.labels(channel).inc()
             log.warning("listener_disconnected", channel=channel)
             await asyncio.sleep(1)
 
@@ -220,5 +223,6 @@ class translated:  # noqa: N801 - used like a function
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, _UNREACHABLE):
+            REGISTRY_ERRORS.inc()
             log.warning("registry_unreachable", error=str(error), kind=type(error).__name__)
             raise Unavailable("the registry can't be reached") from error

@@ -94,7 +94,17 @@ def check_certificate(certificate: Certificate, variables: str) -> None:
         raise ValueError(f"{variables}: are no certificate in PEM and its key") from error
 
 
-class CommonSettings(StorageSettings, IdentitySettings):
+class TracingSettings(PlatformSettings):
+    """Where traces go."""
+
+    traces_addr: str | None = Field(
+        None,
+        description="Address of a collector of OpenTelemetry that takes OTLP over gRPC, without TLS, `host:port`."
+        " Without it nothing is traced.",
+    )
+
+
+class CommonSettings(StorageSettings, IdentitySettings, TracingSettings):
     """Settings of every service."""
 
     master_key: Annotated[SecretStr, AfterValidator(_fernet_keys)] = Field(

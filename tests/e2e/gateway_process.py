@@ -177,7 +177,11 @@ def placed(lane: Lane, admission: str, **environment: str) -> str | Inside:
 
 @asynccontextmanager
 async def running_gateway(
-    directory: Path, admission: str | Inside, provisioner: str, edit: Callable[[str], str] = lambda config: config
+    directory: Path,
+    admission: str | Inside,
+    provisioner: str,
+    edit: Callable[[str], str] = lambda config: config,
+    **more: Any,
 ) -> AsyncIterator[Gateway]:
     """Runs a gateway on free ports.
 
@@ -186,14 +190,15 @@ async def running_gateway(
         admission: `host:port` of Admission, or what is inside.
         provisioner: `host:port` of the Provisioner.
         edit: changes the configuration: shorter timeouts, smaller limits.
+        more: of its settings.
     """
     config, admin_file = directory / "envoy.yaml", directory / "admin"
     environment: Mapping[str, str] = os.environ
     if isinstance(admission, Inside):
-        settings = GatewaySettings("127.0.0.1:0", None, provisioner, lane_app=admission.app)
+        settings = GatewaySettings("127.0.0.1:0", None, provisioner, lane_app=admission.app, **more)
         environment = {**os.environ, **(lane_environment() or {}), **admission.environment}
     else:
-        settings = GatewaySettings("127.0.0.1:0", admission, provisioner)
+        settings = GatewaySettings("127.0.0.1:0", admission, provisioner, **more)
     config.write_text(edit(render(settings)))
     started = started_gateway([*command(config), "--admin-address-path", str(admin_file)], environment, admin_file)
     async with started as gateway:

@@ -20,7 +20,7 @@ from services.shared.loops import supervise
 from services.shared.service import background
 
 # What an Admission of its own process would read, too.
-_READ = {b"x-admin-key", b"x-platform-key", b"x-request-id"}
+_READ = {b"traceparent", b"x-admin-key", b"x-platform-key", b"x-request-id"}
 _OPTIONS = (("grpc.max_receive_message_length", -1),)
 _headers: ContextVar[Iterable[tuple[bytes, bytes]]] = ContextVar("headers")
 

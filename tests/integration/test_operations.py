@@ -102,6 +102,19 @@ async def test_an_operation_that_nobody_could_carry_out_names_itself_to_those_wh
     assert (failure.code, str(operation.operation_id) in failure.message) == ("INTERNAL", True)
 
 
+async def test_an_operation_that_was_open_for_months_gives_way_to_a_destroy(shared: Shared, clients: Clients) -> None:
+    platform, _ = shared
+    product = await clients.register()
+    await clients.provisioner.ProvisionEngine(pb.ProvisionEngineRequest(user_id="ada"), metadata=product.metadata)
+    platform.query(
+        "INSERT INTO operations (operation_id, engine_id, product_id, user_id, node, kind, actor, quarantined_at,"
+        " created_at) SELECT gen_random_uuid(), engine_id, product_id, user_id, node, 'stop', 'x', now(),"
+        " now() - interval '100 days' FROM engines WHERE product_id = %s",
+        product.product_id,
+    )
+    await clients.provisioner.DestroyEngine(pb.DestroyEngineRequest(user_id="ada"), metadata=product.metadata)
+
+
 @pytest.fixture
 def next_product(database_url: str) -> NextProduct:
     """Claims one boot; returns whose it is."""

@@ -71,7 +71,8 @@ class Operation:
     """An operation that this process has claimed.
 
     `cancelled` if it was asked to give way before it was claimed; `seconds_left` is the time to the
-    deadline at the moment of the claim, on the database's clock.
+    deadline at the moment of the claim, on the database's clock. `request_id` and `traceparent` are
+    those of the call that asked for it, if any did.
     """
 
     operation_id: UUID
@@ -85,6 +86,8 @@ class Operation:
     error_message: str | None
     cancelled: bool
     seconds_left: float
+    request_id: str | None
+    traceparent: str | None
 
 
 @dataclass(frozen=True, slots=True)

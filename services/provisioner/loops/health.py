@@ -20,6 +20,7 @@ import structlog
 from services.provisioner.backends.base import Backend, InstanceState
 from services.provisioner.domain.health import Patient, prober_is_ill
 from services.provisioner.domain.operation import LeaseLost
+from services.provisioner.metrics import FAILURES, PROBER_ILL, PROBES
 from services.provisioner.ports import EngineClient
 from services.shared.errors import ServiceError
 from services.shared.failpoints import reached
@@ -78,11 +79,12 @@ class Health:
         places = asyncio.Semaphore(_CONCURRENCY)
         healthy = await asyncio.gather(*(self._probe(patient, places) for patient in patients))
         answers = list(zip(patients, healthy, strict=True))
+        for result, well in (("well", True), ("ill", False), ("unknown", None)):
+            PROBES.labels(result).inc(healthy.count(well))
         if any(healthy):
             await self._records.mark_well([patient.engine_id for patient, well in answers if well])
         ill = [patient for patient, well in answers if well is False]
-        if ill:
-            await self._examine(ill, len(patients))
+        PROBER_ILL.set(await self._examine(ill, len(patients)) if ill else False)
 
     async def _probe(self, patient: Patient, places: asyncio.Semaphore) -> bool | None:
         """Whether the engine is healthy; None if that could not be found out."""
@@ -94,7 +96,8 @@ class Health:
                 log.exception("probe_failed", engine_id=str(patient.engine_id))
                 return None
 
-    async def _examine(self, ill: list[Patient], probed: int) -> None:
+    async def _examine(self, ill: list[Patient], probed: int) -> bool:
+        """Counts what their probes say, unless it is rather the prober that is ill; returns whether it is."""
         states = {instance.engine_id: instance.state for instance in await self._backend.list()}
         silent = []
         for patient in ill:
@@ -107,10 +110,11 @@ class Health:
                     await self._mark_ill(patient, "its instance had ended", ended=True)
         if prober_is_ill(len(silent), probed):
             log.error("prober_ill", silent=len(silent), probed=probed)
-            return
+            return True
         for patient in silent:
             reason = f"it has failed {patient.failures + 1} probes in a row"
             await self._mark_ill(patient, reason, ended=False)
+        return False
 
     async def _mark_ill(self, patient: Patient, reason: str, *, ended: bool) -> None:
         try:
@@ -121,4 +125,5 @@ class Health:
         except Exception:
             log.exception("engine_skipped", engine_id=str(patient.engine_id))
         else:
+            FAILURES.inc(failed)
             log.warning("engine_ill", engine_id=str(patient.engine_id), reason=reason, failed=failed)

@@ -16,12 +16,22 @@ from uuid import UUID
 
 import structlog
 
-from services.provisioner.domain.operation import PATIENCE_S, LeaseLost, Operation, OperationKind, Queue, Settled
+from services.provisioner.domain.operation import (
+    PATIENCE_S,
+    LeaseLost,
+    Operation,
+    OperationKind,
+    Outcome,
+    Queue,
+    Settled,
+)
 from services.provisioner.execution import Executor
 from services.provisioner.lease import Lease
+from services.provisioner.metrics import LEASE_LOST, OPERATION_SECONDS, OPERATIONS, POSTPONED, QUARANTINED
 from services.shared.errors import Unavailable
 from services.shared.failpoints import reached
 from services.shared.loops import Pulse
+from services.shared.tracing import continued
 
 log = structlog.get_logger(__name__)
 
@@ -133,13 +143,19 @@ class OperationWorker:
             self._runs[operation.operation_id] = _Run(operation, lease, task)
 
     async def _carry_out(self, operation: Operation, lease: Lease) -> None:
-        with structlog.contextvars.bound_contextvars(
-            operation_id=str(operation.operation_id), engine_id=str(operation.engine_id), kind=operation.kind
+        ids = {"operation_id": str(operation.operation_id), "engine_id": str(operation.engine_id)}
+        if operation.request_id is not None:
+            ids["request_id"] = operation.request_id
+        with (
+            structlog.contextvars.bound_contextvars(kind=operation.kind, **ids),
+            continued(f"operation {operation.kind}", operation.traceparent, **ids),
         ):
+            begun = time.monotonic()
             try:
                 settled = await self._executor.execute(operation, lease)
                 reached("operation.finished")
             except LeaseLost:
+                OPERATIONS.labels(operation.kind, LEASE_LOST).inc()
                 log.warning("lease_lost")
                 with suppress(LeaseLost, Unavailable):
                     await self._operations.release(operation, pause_s=0)
@@ -152,6 +168,9 @@ class OperationWorker:
                 log.exception("operation_failed", attempts=operation.attempts)
                 await self._postpone(operation, last=_may_be_left(operation))
             else:
+                OPERATIONS.labels(operation.kind, settled.outcome).inc()
+                if settled.outcome is Outcome.SUCCEEDED:
+                    OPERATION_SECONDS.labels(operation.kind).observe(time.monotonic() - begun)
                 log.info("operation_finished", outcome=settled.outcome, error_code=settled.error_code)
                 self._settled(settled)
             finally:
@@ -160,6 +179,7 @@ class OperationWorker:
                     self._pulse.give()
 
     async def _postpone(self, operation: Operation, *, last: bool = False) -> None:
+        OPERATIONS.labels(operation.kind, QUARANTINED if last else POSTPONED).inc()
         # If this fails too, the lease runs out and the operation is taken up again.
         with suppress(LeaseLost, Unavailable):
             if last:

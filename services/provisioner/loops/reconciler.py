@@ -22,6 +22,7 @@ from services.provisioner.domain.engine import EngineStatus
 from services.provisioner.domain.intent import Pending
 from services.provisioner.domain.operation import LeaseLost, OperationKind
 from services.provisioner.domain.registered import Registered
+from services.provisioner.metrics import BRAKE, REPAIRS, STRAYS, STRAYS_REMOVED
 from services.shared.errors import ServiceError
 from services.shared.failpoints import reached
 
@@ -135,6 +136,7 @@ class Reconciler:
             repair = repair_of(row, states.get(row.engine_id))
             if repair is None:
                 continue
+            REPAIRS.inc()
             log.warning("engine_unlike_its_row", engine_id=str(row.engine_id), status=row.status, reason=repair.reason)
             try:
                 if isinstance(repair.change, OperationKind):
@@ -156,7 +158,10 @@ class Reconciler:
             log.warning("stray_seen", engine_id=str(engine_id))
         doomed = strays & self._strays
         self._strays = strays
-        if len(doomed) > max(_FEW, _MOST_REMOVED * among):
+        too_many = len(doomed) > max(_FEW, _MOST_REMOVED * among)
+        STRAYS.set(len(strays))
+        BRAKE.set(too_many)
+        if too_many:
             log.error("reconcile_brake", strays=len(doomed), instances=among)
             return
         for engine_id in doomed:
@@ -172,4 +177,5 @@ class Reconciler:
             except Exception:
                 log.exception("stray_skipped", engine_id=str(engine_id))
             else:
+                STRAYS_REMOVED.inc()
                 log.warning("stray_removed", engine_id=str(engine_id), volume=still[engine_id])

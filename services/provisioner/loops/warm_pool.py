@@ -23,6 +23,7 @@ from services.provisioner.domain.engine import Engine, EngineStatus
 from services.provisioner.domain.health import prober_is_ill
 from services.provisioner.domain.intent import Newborn
 from services.provisioner.domain.warm_pool import Member
+from services.provisioner.metrics import POOL_CLAIMS
 from services.provisioner.ports import EngineClient
 from services.shared.errors import ServiceError
 from services.shared.failpoints import reached
@@ -98,6 +99,11 @@ class WarmPool:
         """
         if not self._size or image != self._image:
             return None
+        engine = await self._search(image, product_id, user_id, actor)
+        POOL_CLAIMS.labels("miss" if engine is None else "hit").inc()
+        return engine
+
+    async def _search(self, image: str, product_id: UUID, user_id: str, actor: str) -> Engine | None:
         begun = time.monotonic()
         for member in await self._members.candidates(image, product_id, user_id):
             if member.engine_id in self._held:

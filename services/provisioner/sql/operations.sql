@@ -1,7 +1,7 @@
 -- name: insert_operation
 WITH inserted AS (
-    INSERT INTO operations (operation_id, engine_id, product_id, user_id, node, kind, actor, queue)
-    SELECT %(operation_id)s, engine_id, product_id, user_id, node, %(kind)s, %(actor)s,
+    INSERT INTO operations (operation_id, engine_id, product_id, user_id, node, kind, actor, request_id, traceparent, queue)
+    SELECT %(operation_id)s, engine_id, product_id, user_id, node, %(kind)s, %(actor)s, left(%(request_id)s, 200), %(traceparent)s,
         CASE
             WHEN %(kind)s IN ('provision', 'start', 'restart') OR (%(kind)s = 'wake' AND deep_asleep) THEN 'boot'
             WHEN %(kind)s IN ('sleep', 'deep_sleep') THEN 'sleep'
@@ -78,7 +78,7 @@ SET owner = %(owner)s,
 FROM due
 WHERE operation_id = due.id
 RETURNING operation_id, engine_id, kind, queue, step, actor, attempts, error_code, error_message,
-    cancelled_by IS NOT NULL AS cancelled,
+    cancelled_by IS NOT NULL AS cancelled, request_id, traceparent,
     extract(epoch FROM deadline - clock_timestamp())::double precision AS seconds_left
 
 -- name: renew_leases

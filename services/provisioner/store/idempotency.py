@@ -17,6 +17,7 @@ from uuid import UUID
 
 from services.provisioner.domain.idempotency import KeyedCall
 from services.provisioner.domain.intent import Pending
+from services.provisioner.metrics import REPLAYS
 from services.provisioner.store.rows import load_sql
 from services.shared.errors import IdempotencyConflict, ServiceError
 from services.shared.failpoints import reached
@@ -141,6 +142,7 @@ class IdempotencyStore:
         async with self._database.transaction() as tx:
             row = await _claim(tx, call)
             if row["answer"] is not None:
+                REPLAYS.inc()
                 return self._opened(call, row["answer"])
             reached("key.claimed")
             whole = _whole.set(tx)
@@ -165,7 +167,10 @@ class IdempotencyStore:
         if row is None:
             return None
         _check(row, call)
-        return None if row["answer"] is None else self._opened(call, row["answer"])
+        if row["answer"] is None:
+            return None
+        REPLAYS.inc()
+        return self._opened(call, row["answer"])
 
     async def _keep(self, connection: Connection, call: KeyedCall, answer: bytes) -> bytes:
         sealed = self._keyring.encrypt(call.key_id, b64encode(answer).decode())

@@ -27,6 +27,7 @@ from services.shared.errors import (
     Unavailable,
 )
 from services.shared.postgres import Connection, Connections
+from services.shared.tracing import REQUEST_ID, TRACEPARENT, onward
 
 _ENGINES = load_sql("engines")
 _OPERATIONS = load_sql("operations")
@@ -318,13 +319,15 @@ async def insert_operation(
     tx: Connection, engine_id: UUID, kind: OperationKind, actor: str, reason: str | None = None
 ) -> UUID:
     """Writes an operation with its audit event and wakes the workers at commit; returns its id."""
-    operation_id = uuid4()
+    operation_id, origin = uuid4(), dict(onward())
     values = {
         "operation_id": operation_id,
         "engine_id": engine_id,
         "kind": kind,
         "actor": actor,
         "detail": reason,
+        "request_id": origin.get(REQUEST_ID),
+        "traceparent": origin.get(TRACEPARENT),
     }
     await tx.execute(_OPERATIONS["insert_operation"], values)
     return operation_id

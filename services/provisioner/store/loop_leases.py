@@ -9,6 +9,7 @@ from uuid import UUID
 import structlog
 
 from services.provisioner.domain.operation import LeaseLost
+from services.provisioner.metrics import LEASE_TERM
 from services.provisioner.store.rows import load_sql
 from services.shared.errors import Unavailable
 from services.shared.loops import LoopEnded
@@ -40,6 +41,7 @@ class LoopLease:
         self._values = {"name": name, "owner": owner, "lease_s": lease_s}
         self._pause_s = lease_s / 3
         self._term: int | None = None
+        self._told = LEASE_TERM.labels(name.partition(":")[0])
 
     async def lead(self, loop: Callable[[], Coroutine[Any, Any, None]]) -> NoReturn:
         """Runs the loop while this process has the lease, anew each time that it gets it, until cancelled.
@@ -88,10 +90,13 @@ class LoopLease:
         async with self._database.connection() as connection:
             cursor = await connection.execute(_SQL["hold"], self._values)
             row = await cursor.fetchone()
-            return None if row is None else row["term"]
+        term: int | None = None if row is None else row["term"]
+        self._told.set(term or 0)
+        return term
 
     async def release(self) -> None:
         """Lets another process take the lease at once; nothing if it is not ours."""
+        self._told.set(0)
         async with self._database.connection() as connection:
             await connection.execute(_SQL["release"], self._values)
 

@@ -21,6 +21,7 @@ from services.provisioner.domain.operation import (
 )
 from services.provisioner.domain.restarts import RestartPolicy
 from services.provisioner.domain.transitions import TRANSITIONS, YIELDS
+from services.provisioner.metrics import GIVEN_UP
 from services.provisioner.store.intents import finish_operation, insert_operation
 from services.provisioner.store.ports import PortAllocator
 from services.provisioner.store.rows import load_sql, to_engine, to_operation, to_settled
@@ -248,6 +249,7 @@ class OperationStore:
                 await tx.execute(_OPERATIONS["insert_gave_up_event"], {"operation_id": operation.operation_id})
             if to_be_destroyed and not gone and canceller is not None:
                 await insert_operation(tx, operation.engine_id, OperationKind.DESTROY, canceller)
+        GIVEN_UP.inc(given_up)
         return to_settled(settled)
 
     async def _settle_engine(
