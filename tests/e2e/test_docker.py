@@ -44,7 +44,8 @@ class DockerPlatform(Platform):
     def counts(self) -> dict[str, int]:
         """The oracle; walks all engines, too, to see that they are as closed as they have to be."""
         containers = self.api.containers(all=True, filters=self.filters())
-        template = EngineTemplate(self.installation(), "engine_net", None, 512 * 2**20, 1.0, 256)
+        network = self.environment.get("ORCH_ENGINE_NETWORK", "engine_net")
+        template = EngineTemplate(self.installation(), network, None, 512 * 2**20, 1.0, 256)
         for engine_id, port in self.query("SELECT engine_id, port FROM port_leases"):
             options = template.options(self.api, EngineSpec(engine_id, 1, IMAGE, port, environment={}))
             for container in containers:
