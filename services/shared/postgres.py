@@ -117,6 +117,7 @@ class Database:
             Unavailable: PostgreSQL can't be reached, is overloaded, or did not answer in time.
         """
         if self._lost:
+            REGISTRY_ERRORS.inc()
             raise Unavailable("the registry can't be reached")
         with translated():
             connection = await self._pool.getconn()
