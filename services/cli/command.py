@@ -73,12 +73,24 @@ COMMON = [
 ]
 
 
-def command(app: typer.Typer, name: str | None = None) -> Callable[[Run[P]], Run[P]]:
+_IDEMPOTENCY_KEY = inspect.Parameter(
+    "idempotency_key",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="Of calls with the same key only the first has an effect, for 24 hours."),
+    ],
+)
+
+
+def command(app: typer.Typer, name: str | None = None, *, idempotency_key: bool = False) -> Callable[[Run[P]], Run[P]]:
     """Makes a command of a function that gets a connection, an output and the command's arguments.
 
     Args:
         app: the group.
         name: of the command, if it is not the function's.
+        idempotency_key: whether it may be called with one, for commands that change something.
     """
 
     def register(run: Run[P]) -> Run[P]:
@@ -88,7 +100,8 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[Run[P]], Run
             given = {variable: value for variable, value in values.items() if value is not None}
             try:
                 identity = load(IdentitySettings).identity()
-                known = Connection(given, VarDirectory(load(StorageSettings).var_dir), identity)
+                var = VarDirectory(load(StorageSettings).var_dir)
+                known = Connection(given, var, identity, arguments.pop("idempotency_key", None))
                 asyncio.run(run(known, output, **arguments))  # type: ignore[call-arg]
             except ServiceError as error:
                 output.error(error, _HINTS.get(error.code))
@@ -98,7 +111,8 @@ def command(app: typer.Typer, name: str | None = None) -> Callable[[Run[P]], Run
                 raise typer.BadParameter(f"{wrong!r} can't be written in {error.encoding}") from error
 
         own = [*inspect.signature(run).parameters.values()][2:]
-        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own] + COMMON
+        parameters = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in own]
+        parameters += [_IDEMPOTENCY_KEY, *COMMON] if idempotency_key else COMMON
         call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         call.__annotations__ = {p.name: p.annotation for p in parameters}
         call.__doc__ = run.__doc__

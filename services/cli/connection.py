@@ -28,7 +28,7 @@ ADMISSION, PROVISIONER = "ADMISSION_ADDR", "PROVISIONER_ADDR"
 _PARTS = {ADMISSION: "admission", PROVISIONER: "provisioner"}
 PLATFORM_KEY, ADMIN_KEY = "PLATFORM_KEY", "ADMIN_KEY"
 
-Metadata = tuple[tuple[str, str]]
+Metadata = tuple[tuple[str, str], ...]
 
 _OPTIONS = (
     # A call has no deadline, since a boot has its own at the other end; who is gone is noticed by this.
@@ -55,10 +55,18 @@ class Connection:
         given: addresses and keys by the variable's name.
         var: where the platform of this machine announces its own.
         identity: what the platform's parts are shown; None if they speak no TLS.
+        idempotency_key: is shown with every call; those that change nothing ignore it.
     """
 
-    def __init__(self, given: Mapping[str, str], var: VarDirectory, identity: Identity | None = None) -> None:
+    def __init__(
+        self,
+        given: Mapping[str, str],
+        var: VarDirectory,
+        identity: Identity | None = None,
+        idempotency_key: str | None = None,
+    ) -> None:
         self._identity = identity
+        self._idempotency_key = idempotency_key
         elsewhere = ADMISSION in given or PROVISIONER in given
         self._given = given
         self._announced = {} if elsewhere else _announced(var)
@@ -97,22 +105,24 @@ class Connection:
 
         Raises:
             InvalidPlatformKey: no key is known, or it can't be one.
+            InvalidRequest: the idempotency key can't be one.
         """
         key = self._known.get(PLATFORM_KEY, "")
         if not _is_sendable(key):
             raise InvalidPlatformKey
-        return (("x-platform-key", key),)
+        return self._with_idempotency_key("x-platform-key", key)
 
     def admin_key(self) -> Metadata:
         """A call's metadata for an operator.
 
         Raises:
             InvalidAdminKey: no key is known, or it can't be one.
+            InvalidRequest: the idempotency key can't be one.
         """
         key = self._known.get(ADMIN_KEY, "")
         if not _is_sendable(key):
             raise InvalidAdminKey
-        return (("x-admin-key", key),)
+        return self._with_idempotency_key("x-admin-key", key)
 
     def widest_key(self) -> Metadata:
         """A call's metadata for whoever sees most: an operator, or else a product.
@@ -128,6 +138,13 @@ class Connection:
             if PLATFORM_KEY in keys:
                 break
         return self.platform_key()
+
+    def _with_idempotency_key(self, name: str, key: str) -> Metadata:
+        if self._idempotency_key is None:
+            return ((name, key),)
+        if not _is_sendable(self._idempotency_key):
+            raise InvalidRequest("idempotency-key: must be given once, as 1 to 255 printable ASCII characters")
+        return ((name, key), ("idempotency-key", self._idempotency_key))
 
     @asynccontextmanager
     async def _channel(self, variable: str) -> AsyncIterator[grpc.aio.Channel]:

@@ -54,7 +54,7 @@ async def get(connection: Connection, output: Output, user: User) -> None:
     output.record(answer.engine)
 
 
-@command(app)
+@command(app, idempotency_key=True)
 async def provision(
     connection: Connection,
     output: Output,
@@ -69,7 +69,7 @@ async def provision(
     output.record(answer)
 
 
-@command(app)
+@command(app, idempotency_key=True)
 async def start(connection: Connection, output: Output, user: User) -> None:
     """Start a stopped, sleeping or failed engine."""
     async with progress(connection, output, user), connection.provisioner() as provisioner:
@@ -77,7 +77,7 @@ async def start(connection: Connection, output: Output, user: User) -> None:
     output.record(answer)
 
 
-@command(app)
+@command(app, idempotency_key=True)
 async def stop(connection: Connection, output: Output, user: User) -> None:
     """Stop an engine; its data is kept."""
     async with progress(connection, output, user), connection.provisioner() as provisioner:
@@ -85,7 +85,7 @@ async def stop(connection: Connection, output: Output, user: User) -> None:
     output.record(answer)
 
 
-@command(app)
+@command(app, idempotency_key=True)
 async def sleep(connection: Connection, output: Output, user: User) -> None:
     """Freeze a running engine, unless it is at work."""
     async with progress(connection, output, user), connection.provisioner() as provisioner:
@@ -93,7 +93,7 @@ async def sleep(connection: Connection, output: Output, user: User) -> None:
     output.record(answer)
 
 
-@command(app)
+@command(app, idempotency_key=True)
 async def wake(connection: Connection, output: Output, user: User) -> None:
     """Wake a sleeping engine."""
     async with progress(connection, output, user), connection.provisioner() as provisioner:
@@ -101,7 +101,7 @@ async def wake(connection: Connection, output: Output, user: User) -> None:
     output.record(answer)
 
 
-@command(app)
+@command(app, idempotency_key=True)
 def destroy(
     connection: Connection,
     output: Output,
@@ -125,7 +125,7 @@ async def _destroy(connection: Connection, output: Output, user: str) -> None:
     output.record(answer)
 
 
-@command(app)
+@command(app, idempotency_key=True)
 async def rotate_key(connection: Connection, output: Output, user: User) -> None:
     """Give a running engine a new key, and show it; the old one goes on working for a minute."""
     async with progress(connection, output, user), connection.provisioner() as provisioner:

@@ -61,7 +61,7 @@ MaxKeepAwake = Annotated[
 ]
 
 
-@command(app)
+@command(app, idempotency_key=True)
 async def register(
     connection: Connection,
     output: Output,
@@ -101,7 +101,7 @@ async def get(connection: Connection, output: Output, product: Named) -> None:
     output.record(answer, *_PRODUCT)
 
 
-@command(app)
+@command(app, idempotency_key=True)
 async def policy(
     connection: Connection,
     output: Output,
@@ -134,7 +134,7 @@ async def policy(
     output.record(answer, *(f"policy.{field}" for field in _POLICY))
 
 
-@command(app)
+@command(app, idempotency_key=True)
 async def rotate_key(
     connection: Connection,
     output: Output,
@@ -152,7 +152,7 @@ async def rotate_key(
     output.record(answer)
 
 
-@command(app)
+@command(app, idempotency_key=True)
 async def disable(connection: Connection, output: Output, product: Named) -> None:
     """Refuse a product's keys from now on; its engines stay as they are."""
     product_id = await find(connection, product)
@@ -163,7 +163,7 @@ async def disable(connection: Connection, output: Output, product: Named) -> Non
     output.record(answer, *_PRODUCT)
 
 
-@command(app)
+@command(app, idempotency_key=True)
 async def enable(connection: Connection, output: Output, product: Named) -> None:
     """Take a disabled product's keys again."""
     product_id = await find(connection, product)

@@ -248,6 +248,18 @@ def test_the_life_of_an_engine(product: September) -> None:
     assert product.refused("engine", "destroy", user, "--yes") == (4, "ENGINE_NOT_FOUND")
 
 
+def test_a_command_that_is_repeated_with_its_key_has_one_effect(operator: September) -> None:
+    slug, key = new_slug(), ("--idempotency-key", str(uuid4()))
+    registered = operator("product", "register", slug, "--max-engines", "2", *key)
+    assert operator("product", "register", slug, "--max-engines", "2", *key).record == registered.record
+    assert operator.refused("product", "register", slug, "--max-engines", "3", *key) == (5, "IDEMPOTENCY_CONFLICT")
+    assert operator.refused("product", "disable", slug, "--idempotency-key", "ä") == (2, "INVALID_REQUEST")
+    product = operator.with_(PLATFORM_KEY=registered.record["platform_api_key"])
+    made = product("engine", "provision", "ann", *key)
+    assert product("engine", "provision", "ann", *key).record == made.record
+    assert product.refused("engine", "provision", "ann") == (5, "ENGINE_ALREADY_EXISTS")
+
+
 def test_admit_gives_url_and_key_or_the_denial(product: September) -> None:
     denied = product("admit", "eve")
     assert (denied.code, denied.out) == (3, "")
