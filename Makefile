@@ -4,6 +4,8 @@ PYTHON ?= python3
 BACKEND ?=
 # Where Admission runs: `fast`, inside of the gateway, or `grpc`, a server behind it.
 LANE ?=
+# What `make fuzz` draws its inputs from; one that is new if nothing is said.
+SEED ?=
 # `make bench QUICK=1` takes a minute and a half and leaves docs/benchmarks alone; PEERS=jupyterhub adds JupyterHub.
 QUICK ?=
 PEERS ?=
@@ -14,7 +16,7 @@ ENGINE_IMAGE := september-engine:dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help run test test-long chaos bench lint types breaking gen engine-image clean
+.PHONY: help run test test-long fuzz chaos bench lint types breaking gen engine-image clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -33,6 +35,9 @@ test: $(VENV)/.dev ## Run all tests that this machine can; REQUIRE_DOCKER=1 allo
 
 test-long: $(VENV)/.dev ## Run the tests that take minutes.
 	$(BIN)/pytest -m long
+
+fuzz: $(VENV)/.dev ## Try 100,000 malformed inputs, under 6 minutes; SEED=n replays those of a run.
+	$(BIN)/pytest tests/chaos/test_malformed.py --full -s --seed $(or $(SEED),$(shell date +%s))
 
 chaos: $(VENV)/.dev ## Break things, under 20 minutes, and write the score card into docs/reliability.md.
 	@docker info >/dev/null 2>&1 || { echo "no Docker daemon answers" >&2; exit 1; }

@@ -1,0 +1,38 @@
+"""Malformed input of every kind, in bulk: it is refused, and nothing fails, hangs, dies, grows or shows its inside."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.chaos.oracle import oracle
+from tests.chaos.score_card import Score
+from tests.fuzz import framing, messages, rest, wire
+from tests.fuzz.targets import Tally, running_targets
+
+
+def test_malformed_input_does_no_harm(
+    database_url: str, tmp_path: Path, pytestconfig: pytest.Config, extent: Callable[[int, int], int], score: Score
+) -> None:
+    """One run, not one for each seed: the figure is what was tried in all."""
+    seed: int = pytestconfig.option.seed or 1
+    number = extent(1_000, 100_000)
+    tally = Tally()
+    with asyncio.Runner() as runner:
+        aiming = running_targets(database_url, tmp_path)
+        targets = runner.run(aiming.__aenter__())
+        try:
+            before = targets.memory()
+            for feed, share in ((messages.feed, 40), (wire.feed, 42), (framing.feed, 18), (rest.feed, 2)):
+                began, tried = time.monotonic(), tally.tried
+                feed(runner, targets, tally, number * share // 100, seed)
+                print(f"{feed.__module__}: {tally.tried - tried:,} in {time.monotonic() - began:.0f} s, seed {seed}")
+            complaints = tally.bad + targets.complaints(before)
+            oracle(targets.platform)
+        finally:
+            runner.run(aiming.__aexit__(None, None, None))
+    score("malformed inputs tried; 5xx or hangs", f"{tally.tried:,}; {len(tally.bad)}", not complaints)
+    assert not complaints, "\n".join([f"{len(complaints)} complaints, seed {seed}", *complaints[:20]])
+    assert tally.tried >= number
