@@ -15,6 +15,7 @@ import aiohttp
 import grpc
 import pytest
 from docker import APIClient
+from docker.errors import ImageNotFound
 
 from september.admission.v1 import admission_service_pb2 as admission_pb
 from september.provisioner.v1 import provisioner_service_pb2 as pb
@@ -79,7 +80,9 @@ def images(docker_api: APIClient) -> Iterator[None]:
     dockerfile = f"FROM {IMAGE}\nENTRYPOINT []\nCMD {command}\n"
     subprocess.run(build, input=dockerfile.encode(), check=True, capture_output=True)
     yield
-    docker_api.remove_image(SILENT, force=True)
+    # Every module that has this fixture has one of its own, and a worker may run several.
+    with suppress(ImageNotFound):
+        docker_api.remove_image(SILENT, force=True)
 
 
 @pytest.fixture
