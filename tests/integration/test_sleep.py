@@ -12,7 +12,7 @@ import pytest
 from september.admission.v1 import admission_service_pb2 as pb
 from september.engine.v1 import denial_pb2, engine_pb2
 from tests.harness import Clients, Platform, eventually
-from tests.integration.test_life_cycle import User, execute, process_of
+from tests.integration.test_life_cycle import User, accepted, execute, process_of
 
 pytestmark = pytest.mark.early
 
@@ -156,10 +156,21 @@ async def test_sleep_waits_for_a_replica_that_may_have_admitted(
 
 
 async def test_no_one_of_two_thousand_admitted_finds_a_frozen_engine(sleepers: Sleepers) -> None:
+    assert await admits_against_sleep(sleepers, turns=100) == []
+    sleeps = dict(sleepers.platform.query("SELECT outcome, count(*) FROM operations WHERE kind = 'sleep' GROUP BY 1"))
+    assert sleeps.get("succeeded", 0) >= 10, "engines were not found asleep"
+    assert sleeps.get("cancelled", 0) > 0, "no admit met an announcement"
+
+
+async def admits_against_sleep(sleepers: Sleepers, turns: int) -> list[str]:
+    """Twenty callers admit ten users, each so many times, and often just when the engine falls asleep or has.
+
+    Returns what was wrong with engines that were handed out: each is looked at as soon as it is.
+    """
     users = [await sleepers.user(f"u{i}") for i in range(10)]
     engines = [(await user.admit(auto_provision=True)).engine for user in users]
     together = [asyncio.Barrier(2) for _ in users]
-    hung: list[str] = []
+    wrong: list[str] = []
     outcomes = {"admitted": 0, "denied": 0}
     # Engines that fall asleep, or sleep, by their operations: True once it is done.
     asleep: dict[str, bool] = {}
@@ -185,7 +196,7 @@ async def test_no_one_of_two_thousand_admitted_finds_a_frozen_engine(sleepers: S
 
     async def caller(session: aiohttp.ClientSession, index: int) -> None:
         user = users[index % 10]
-        for turn in range(100):
+        for turn in range(turns):
             if turn % 25 == 10:
                 await idle(index, frozen=turn % 50 == 10)
             request = pb.AdmitRequest(user_id=user.user_id, auto_wake=turn % 3 != 0)
@@ -200,16 +211,15 @@ async def test_no_one_of_two_thousand_admitted_finds_a_frozen_engine(sleepers: S
             try:
                 async with session.get(f"{answer.engine.url}/health") as health:
                     assert health.status == 200
+                if turn % 5 == 0 and await accepted(answer.engine.url, engines[(index + 1) % 10].api_key):
+                    wrong.append(f"{user.user_id}: its engine takes the key of another")
             except (TimeoutError, aiohttp.ClientError) as error:
-                hung.append(f"{user.user_id}: {error!r}")
+                wrong.append(f"{user.user_id}: {error!r}")
 
     timeout = aiohttp.ClientTimeout(total=2)
     looking = asyncio.create_task(look())
     async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(force_close=True)) as session:
         await asyncio.gather(*(caller(session, index) for index in range(20)))
     looking.cancel()
-    assert hung == []
-    assert outcomes["admitted"] + outcomes["denied"] == 2000
-    sleeps = dict(sleepers.platform.query("SELECT outcome, count(*) FROM operations WHERE kind = 'sleep' GROUP BY 1"))
-    assert sleeps.get("succeeded", 0) >= 10, "engines were not found asleep"
-    assert sleeps.get("cancelled", 0) > 0, "no admit met an announcement"
+    assert outcomes["admitted"] + outcomes["denied"] == 20 * turns
+    return wrong
