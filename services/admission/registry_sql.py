@@ -7,6 +7,7 @@ from typing import Any
 from services.admission.domain import Engine, EngineStatus, Product
 from services.admission.registry import Changes, EngineKey, PlatformKey
 from services.shared import queries
+from services.shared.errors import Unavailable
 from services.shared.keys import EngineKeyring, UnreadableKey
 from services.shared.postgres import Database
 
@@ -48,15 +49,18 @@ class SqlRegistry:
         }
         return Changes(rows[0]["at"], rows[0]["next"], rows[0]["incarnation"], changed)
 
-    def _to_engine(self, row: dict[str, Any]) -> Engine | UnreadableKey:
+    def _to_engine(self, row: dict[str, Any]) -> Engine | Exception:
         try:
             api_key = self._keyring.decrypt(row["engine_id"], row["encrypted_key"])
+            status = EngineStatus(row["status"])
         except UnreadableKey as error:
             return error
+        except ValueError:
+            return Unavailable("the engine's status is known to a later version alone")
         return Engine(
             engine_id=row["engine_id"],
             user_id=row["user_id"],
-            status=EngineStatus(row["status"]),
+            status=status,
             url=row["url"],
             api_key=api_key,
             engine_version=row["image"],

@@ -10,7 +10,7 @@ from uuid import UUID
 from services.provisioner.domain.engine import EngineStatus
 from services.provisioner.domain.fleet import EngineReport, EngineSummary, PastHour, WarmPoolFill
 from services.provisioner.store.keyset import page
-from services.provisioner.store.rows import load_sql
+from services.provisioner.store.rows import load_sql, to_status
 from services.shared.postgres import Connections
 
 _SQL = load_sql("fleet")
@@ -48,7 +48,7 @@ class FleetStore:
         sql, values = page(_SQL["engines"], within, {"created_at": created_at, "engine_id": engine_id})
         async with self._database.connection() as connection:
             cursor = await connection.execute(sql, {**values, "offset": offset, "limit": limit})
-            return [EngineSummary(**(row | {"status": EngineStatus(row["status"])})) for row in await cursor.fetchall()]
+            return [EngineSummary(**(row | {"status": to_status(row["status"])})) for row in await cursor.fetchall()]
 
     async def counts(self, product_id: UUID | None) -> dict[str, int]:
         """The counts of a product, or the sums over all, by name; see the table. A count may be missing for 0."""
@@ -76,7 +76,7 @@ class FleetStore:
         async with self._database.connection() as connection:
             cursor = await connection.execute(_SQL["engine_report"], {"product_id": product_id, "user_id": user_id})
             row = await cursor.fetchone()
-            return None if row is None else EngineReport(**(row | {"status": EngineStatus(row["status"])}))
+            return None if row is None else EngineReport(**(row | {"status": to_status(row["status"])}))
 
     async def fold_counts(self) -> None:
         """Makes one row of all that belong to the same count, while others go on counting."""

@@ -17,7 +17,7 @@ from services.provisioner.domain.policy import check_image
 from services.provisioner.domain.transitions import BOOTS, TRANSITIONS, YIELDS, check_begin
 from services.provisioner.store.idempotency import once
 from services.provisioner.store.ports import PortAllocator
-from services.provisioner.store.rows import load_sql, to_engine, to_open_operation, to_product
+from services.provisioner.store.rows import load_sql, to_engine, to_open_operation, to_product, to_status
 from services.shared.errors import (
     EngineAlreadyExists,
     EngineNotFound,
@@ -94,7 +94,7 @@ class IntentStore:
         async with self._database.connection() as connection:
             cursor = await connection.execute(_OPERATIONS["sighting"], {"engine_id": engine_id})
             row = await cursor.fetchone()
-        return None if row is None else Sighting(EngineStatus(row["status"]), row["kind"] or "", row["step"] or "")
+        return None if row is None else Sighting(to_status(row["status"]), row["kind"] or "", row["step"] or "")
 
     async def provision(self, product_id: UUID, user_id: str, newborn: Newborn, actor: str) -> Pending:
         """Writes the engine's row, port and operation, under the product's lock.

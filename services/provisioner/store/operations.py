@@ -1,6 +1,7 @@
 """Operations as the workers see them: claimed by lease, carried out, finished.
 
-Every write names the owner, so that a process that lost its lease changes nothing.
+Every write names the owner, so that a process that lost its lease to another changes nothing: to take
+an operation over is to change its owner, in the same row. While nobody has, a late write harms nobody.
 """
 
 from collections.abc import Callable, Collection, Mapping

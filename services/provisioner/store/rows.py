@@ -18,6 +18,7 @@ from services.provisioner.domain.operation import (
 from services.provisioner.domain.policy import Policy
 from services.provisioner.domain.product import Product, Registration
 from services.shared import queries
+from services.shared.errors import Unavailable
 
 
 def load_sql(name: str) -> dict[str, LiteralString]:
@@ -28,7 +29,15 @@ def load_sql(name: str) -> dict[str, LiteralString]:
 def to_engine(row: Mapping[str, Any]) -> Engine:
     # By name: a column that a later version has added is not ours to know.
     values = {field.name: row[field.name] for field in fields(Engine)}
-    return Engine(**(values | {"status": EngineStatus(row["status"])}))
+    return Engine(**(values | {"status": to_status(row["status"])}))
+
+
+def to_status(word: str) -> EngineStatus:
+    """Raises Unavailable: it is one that a later version has written, to which the engine is left."""
+    try:
+        return EngineStatus(word)
+    except ValueError as error:
+        raise Unavailable("the engine's status is known to a later version alone") from error
 
 
 def to_operation(row: Mapping[str, Any]) -> Operation:
