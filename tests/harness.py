@@ -116,6 +116,7 @@ class Platform:
             "ORCH_ADMIN_KEY": self.admin_key,
             "ORCH_VAR_DIR": str(directory / "var"),
             "ORCH_ENGINE_BACKEND": "process",
+            "ORCH_DRAIN_S": "0",
             "ORCH_PROVISIONER_LISTEN": "127.0.0.1:0",
             "ORCH_ADMISSION_LISTEN": "127.0.0.1:0",
             **settings,

@@ -33,7 +33,7 @@ from services.shared.tracing import exporting_traces, traced
 
 log = structlog.get_logger(__name__)
 
-_GRACE_S = 10.0
+_GRACE_S = 25.0
 
 
 @asynccontextmanager
@@ -66,6 +66,7 @@ async def _serve(settings: AdmissionSettings, *, share_port: bool) -> AsyncItera
         server.server.add_generic_rpc_handlers((handlers(calls),))
         await server.start()
         stack.push_async_callback(server.stop, _GRACE_S)
+        stack.push_async_callback(server.retire, settings.drain_s)
         log.info("worker_serving" if share_port else "serving", port=port)
         yield port
 

@@ -1,6 +1,7 @@
 """The Provisioner over gRPC."""
 
 import asyncio
+import json
 import time
 from datetime import UTC
 from uuid import UUID
@@ -29,12 +30,17 @@ _OPTIONS = (
     # A restarted Provisioner is found again within a second.
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
+    # All that serve, in turn: one that is about to end says so by its health.
+    (
+        "grpc.service_config",
+        json.dumps({"loadBalancingConfig": [{"round_robin": {}}], "healthCheckConfig": {"serviceName": ""}}),
+    ),
 )
 
 
 class ProvisionerClient:
     """Args:
-    address: of the Provisioner, `host:port` or `unix:` and a path.
+    address: of the Provisioner, `host:port` or `unix:` and a path; several are separated by commas.
     boot_timeout_s: how long a boot may take, in seconds.
     identity: what the Provisioner is shown; None if it speaks no TLS.
     """
@@ -76,15 +82,23 @@ class ProvisionerClient:
     async def _ensure(self, request: EnsureEngineRequest, platform_key: str) -> EnsureEngineResponse:
         begun, result = time.monotonic(), "answered"
         try:
-            return await self._stub.EnsureEngine(
-                request, timeout=self._patience_s, metadata=(("x-platform-key", platform_key), *onward())
-            )
+            return await self._answered(request, platform_key)
         except grpc.aio.AioRpcError as error:
             answer = answered_error(error)
             result = "unreachable" if answer is None else "refused"
             raise answer or _to_error(error) from error
         finally:
             PROVISIONER_CALLS.labels(result).observe(time.monotonic() - begun)
+
+    async def _answered(self, request: EnsureEngineRequest, platform_key: str) -> EnsureEngineResponse:
+        metadata = (("x-platform-key", platform_key), *onward())
+        try:
+            return await self._stub.EnsureEngine(request, timeout=self._patience_s, metadata=metadata)
+        except grpc.aio.AioRpcError as error:
+            if error.code() is not grpc.StatusCode.UNAVAILABLE or answered_error(error) is not None:
+                raise
+        # Its Provisioner has gone away meanwhile. Another finds what it has begun, and joins it.
+        return await self._stub.EnsureEngine(request, timeout=self._patience_s, metadata=metadata)
 
     def _forget(self, call: asyncio.Task[EnsureEngineResponse]) -> None:
         self._calls.discard(call)

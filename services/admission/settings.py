@@ -14,7 +14,10 @@ class AdmissionSettings(CommonSettings):
     admission_listen: str = Field(
         "127.0.0.1:50051", description="Address that Admission serves gRPC on: `host:port` or `unix:/path`."
     )
-    provisioner_addr: str = Field("127.0.0.1:50052", description="Address of the Provisioner, likewise.")
+    provisioner_addr: str = Field(
+        "127.0.0.1:50052",
+        description="Address of the Provisioner, likewise; several by their IPv4 addresses, separated by commas.",
+    )
     admission_workers: int = Field(
         1, ge=1, le=64, description="Processes that serve Admission's address side by side on this machine."
     )

@@ -24,7 +24,8 @@ log = structlog.get_logger(__name__)
 WORKER = "worker"
 """The argument that makes a process one of several."""
 
-_GRACE_S = 20.0
+# Beside the time to drain: more than a worker gives its calls.
+_GRACE_S = 30.0
 _PAUSE_S = 0.5
 
 
@@ -39,7 +40,7 @@ async def serve_by_workers(settings: AdmissionSettings) -> AsyncIterator[int]:
     with _reserved(settings.admission_listen) as port:
         host = settings.admission_listen.rpartition(":")[0]
         workers = [
-            _Worker(f"{host}:{port}", nth_address(settings.admission_metrics_listen, n))
+            _Worker(f"{host}:{port}", nth_address(settings.admission_metrics_listen, n), settings.drain_s)
             for n in range(settings.admission_workers)
         ]
         try:
@@ -85,12 +86,14 @@ class _Worker:
     Args:
         address: what they serve on, side by side with others.
         metrics: what they serve their metrics on, of all workers this one alone; None for no metrics.
+        drain_s: how long one serves on when it is told to end, in seconds.
     """
 
-    def __init__(self, address: str, metrics: str | None) -> None:
+    def __init__(self, address: str, metrics: str | None, drain_s: float) -> None:
         self._environment = {**os.environ, "ORCH_ADMISSION_LISTEN": address}
         if metrics is not None:
             self._environment["ORCH_ADMISSION_METRICS_LISTEN"] = metrics
+        self._grace_s = drain_s + _GRACE_S
         self._process: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
@@ -120,7 +123,7 @@ class _Worker:
 
     async def stop(self) -> None:
         if self._process is not None:
-            await children.stop(self._process, _GRACE_S)
+            await children.stop(self._process, self._grace_s)
 
 
 async def _keep_running(workers: list[_Worker]) -> None:

@@ -6,6 +6,11 @@ from contextlib import suppress
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
+DRAIN_S = 10.0
+"""How long calls under way have to be answered, in seconds."""
+GRACE_S = 20.0
+"""How long Envoy may take to end after that, in seconds."""
+
 _PAUSE_S = 0.05
 _TIMEOUT_S = 2.0
 _ACTIVE = ("http.gateway.downstream_rq_active", "http.operators.downstream_rq_active")
@@ -13,23 +18,26 @@ _WATCHES_LEFT = "cluster.provisioner.circuit_breakers.high.remaining_rq"
 _WATCHES_MAX = 1000
 
 
-def drain(admin_file: Path, grace_s: float) -> None:
+def drain(admin_file: Path, grace_s: float, notice_s: float = 0) -> None:
     """Makes a gateway take no more calls, and returns when those under way are answered.
+
+    First it closes each connection with its next answer, so that callers go elsewhere of themselves.
 
     Watches are not waited for, since they have no end. A gateway that doesn't answer is left as it is.
 
     Args:
         admin_file: holds the address of Envoy's admin interface, once it has started.
-        grace_s: the longest to wait, in seconds.
+        grace_s: the longest to wait for them, in seconds.
+        notice_s: how long it takes new connections meanwhile, in seconds.
     """
-    end = time.monotonic() + grace_s
     admin = admin_file.read_text()
     if not admin:
         return
     with suppress(OSError, HTTPException, ValueError, KeyError):
-        # Connections close with their next answer, and no new ones are taken.
-        for path in ("/healthcheck/fail", "/drain_listeners"):
-            _ask(admin, "POST", path)
+        _ask(admin, "POST", "/healthcheck/fail")
+        time.sleep(notice_s)
+        _ask(admin, "POST", "/drain_listeners")
+        end = time.monotonic() + grace_s
         while _calls_under_way(admin) and time.monotonic() < end:
             time.sleep(_PAUSE_S)
 

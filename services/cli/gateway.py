@@ -35,8 +35,8 @@ class GatewaySettings:
 
     Args:
         listen: `ip:port` that callers connect to; port 0 takes a free one.
-        admission: `host:port` of Admission, where a DNS name may stand for several replicas, or `unix:/path`. None
-            for the fast lane: it is inside of the gateway.
+        admission: `host:port` of Admission, where a DNS name may stand for several replicas, or `unix:/path`;
+            several are separated by commas. None for the fast lane: it is inside of the gateway.
         provisioner: `host:port` of the Provisioner, likewise.
         admin_port: port of Envoy's admin interface on 127.0.0.1; 0 takes a free one.
         collector: `host:port` of a collector of OpenTelemetry; None to trace nothing.
@@ -168,15 +168,15 @@ def _host_and_port(address: str) -> tuple[str, int]:
 
 def _endpoints(address: str | None) -> str:
     """A cluster's endpoints, as JSON."""
-    if address is None:
-        return "[]"
-    place: dict[str, object]
+    places = [] if address is None else map(_place, address.split(","))
+    return json.dumps([{"lb_endpoints": [{"endpoint": {"address": place}} for place in places]}])
+
+
+def _place(address: str) -> object:
     if address.startswith(UNIX):
-        place = {"pipe": {"path": address.removeprefix(UNIX)}}
-    else:
-        host, port = _host_and_port(address)
-        place = {"socket_address": {"address": host, "port_value": port}}
-    return json.dumps([{"lb_endpoints": [{"endpoint": {"address": place}}]}])
+        return {"pipe": {"path": address.removeprefix(UNIX)}}
+    host, port = _host_and_port(address)
+    return {"socket_address": {"address": host, "port_value": port}}
 
 
 def _cluster_type(address: str | None) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from services.admission.settings import AdmissionSettings
 from services.cli import database, demo, gateway, health
 from services.cli.addresses import reachable
-from services.cli.drain import drain
+from services.cli.drain import DRAIN_S, GRACE_S, drain
 from services.cli.failure import failure_with_log
 from services.cli.gateway import Lane
 from services.cli.part import Part
@@ -26,9 +26,6 @@ _START_S = 60.0
 # How long a part may take to end. The Provisioner first ends its engines.
 _PROVISIONER_GRACE_S = 60.0
 _ADMISSION_GRACE_S = 25.0
-_GATEWAY_GRACE_S = 20.0
-# How long calls under way have to be answered before that.
-_DRAIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -130,8 +127,8 @@ class Platform:
             directory=self.var.run,
         )
         command, admin_file = gateway.prepare(settings, self.var)
-        part = await self._run("gateway", command, known, _GATEWAY_GRACE_S)
-        self.stack.push_async_callback(asyncio.to_thread, drain, admin_file, _DRAIN_S)
+        part = await self._run("gateway", command, known, GRACE_S)
+        self.stack.push_async_callback(asyncio.to_thread, drain, admin_file, DRAIN_S)
         return part
 
     async def _run(self, name: str, command: Sequence[str], environment: Mapping[str, str], grace_s: float) -> Part:

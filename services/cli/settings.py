@@ -6,7 +6,13 @@ from pydantic import Field, FilePath, model_validator
 
 from services.admission.settings import AdmissionSettings
 from services.provisioner.settings import ProvisionerSettings
-from services.shared.settings import IdentitySettings, StorageSettings, TracingSettings, check_certificate
+from services.shared.settings import (
+    DrainSettings,
+    IdentitySettings,
+    StorageSettings,
+    TracingSettings,
+    check_certificate,
+)
 from services.shared.tls import Certificate
 
 
@@ -50,10 +56,13 @@ class EdgeSettings(TracingSettings):
         return Certificate(self.gateway_cert_file, self.gateway_key_file)
 
 
-class GatewayAloneSettings(EdgeSettings, IdentitySettings, StorageSettings):
+class GatewayAloneSettings(EdgeSettings, IdentitySettings, StorageSettings, DrainSettings):
     """Settings of a gateway by itself, on whichever machine its services are."""
 
-    admission_addr: str = Field("127.0.0.1:50051", description="Address of Admission, if that is not in the gateway.")
+    admission_addr: str = Field(
+        "127.0.0.1:50051",
+        description="Address of Admission, if that is not in the gateway; several are separated by commas.",
+    )
     provisioner_addr: str = Field("127.0.0.1:50052", description="Address of the Provisioner, likewise.")
     boot_timeout_s: float = Field(60, gt=0, le=3600, description="How long an engine may take to become healthy.")
 

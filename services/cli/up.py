@@ -83,6 +83,7 @@ def _prepare_environment(var: VarDirectory, backend: BackendKind | None, lane: L
         os.environ["ORCH_ENGINE_BACKEND"] = backend
     os.environ.setdefault("ORCH_ENGINE_BACKEND", BackendKind.PROCESS)
     os.environ.setdefault("ORCH_WARM_POOL_SIZE", "2")
+    os.environ.setdefault("ORCH_DRAIN_S", "0")
     settings = load(UpSettings)
     wanted = {
         "ORCH_GATEWAY_LISTEN": settings.gateway_listen,

@@ -66,7 +66,7 @@ from services.shared.tracing import exporting_traces, traced
 
 log = structlog.get_logger(__name__)
 
-_GRACE_S = 10.0
+_GRACE_S = 25.0
 
 
 @asynccontextmanager
@@ -247,6 +247,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         await server.start()
         stack.push_async_callback(server.stop, _GRACE_S)
         stack.callback(watching.stop)
+        stack.push_async_callback(server.retire, settings.drain_s)
         log.info("serving", port=port, backend=settings.engine_backend)
         yield port
 

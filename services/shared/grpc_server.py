@@ -227,7 +227,14 @@ class GrpcServer:
         await self.server.start()
         await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
 
-    async def stop(self, grace_s: float) -> None:
-        """Says NOT_SERVING, takes no more calls, and gives those under way `grace_s` seconds."""
+    async def retire(self, drain_s: float) -> None:
+        """Says NOT_SERVING, and serves on for as long as callers may need to notice and go elsewhere.
+
+        A call that comes when the server has begun to stop is lost: its caller can't know whether it had an effect.
+        """
         await self._health.enter_graceful_shutdown()
+        await asyncio.sleep(drain_s)
+
+    async def stop(self, grace_s: float) -> None:
+        """Takes no more calls, and gives those under way `grace_s` seconds."""
         await self.server.stop(grace_s)

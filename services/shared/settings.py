@@ -104,7 +104,19 @@ class TracingSettings(PlatformSettings):
     )
 
 
-class CommonSettings(StorageSettings, IdentitySettings, TracingSettings):
+class DrainSettings(PlatformSettings):
+    """How a part ends that others can go away from."""
+
+    drain_s: float = Field(
+        3,
+        ge=0,
+        le=300,
+        description="How long whoever is told to end serves on after having said so, for callers to go elsewhere, in"
+        " seconds; 0 under `september up`, where nobody is left to go to.",
+    )
+
+
+class CommonSettings(StorageSettings, IdentitySettings, TracingSettings, DrainSettings):
     """Settings of every service."""
 
     master_key: Annotated[SecretStr, AfterValidator(_fernet_keys)] = Field(

@@ -55,11 +55,13 @@ def channel(address: str, part: str, identity: Identity | None, options: Sequenc
     """A channel to another part.
 
     Args:
-        address: `host:port`, or `unix:` and a path.
+        address: `host:port`, or `unix:` and a path; several of hosts by their IPv4 addresses, separated by commas.
         part: the name that its certificate must have, whatever host it is on.
         identity: of this part; None if the other speaks no TLS, as over a unix socket.
         options: of the channel.
     """
+    if "," in address:
+        address = f"ipv4:{address}"
     if identity is None or address.startswith(UNIX):
         return grpc.aio.insecure_channel(address, options=options)
     named = (*options, ("grpc.ssl_target_name_override", part))

@@ -85,6 +85,7 @@ async def running_gateway(
         "ORCH_ADMISSION_ADDR": admission,
         "ORCH_PROVISIONER_ADDR": provisioner,
         "ORCH_VAR_DIR": str(directory / "gateway"),
+        "ORCH_DRAIN_S": "0",
     }
     run = directory / "gateway" / "run"
     run.mkdir(parents=True)
