@@ -12,8 +12,9 @@ from importlib import metadata
 from google.api import annotations_pb2  # type: ignore[import-untyped]
 from google.protobuf import descriptor_pb2
 
+from services.shared.authorization import ROLES
 from tools.generate import ROOT, error_rows
-from tools.openapi_rules import ALWAYS, ERROR, IDEMPOTENCY_KEY, KEYED, REQUIRED, ROLES, RULES, SECURITY, SERVERS, Schema
+from tools.openapi_rules import ALWAYS, ERROR, IDEMPOTENCY_KEY, KEYED, REQUIRED, RULES, SECURITY, SERVERS, Schema
 from tools.reference import comments_of
 
 Field = descriptor_pb2.FieldDescriptorProto
@@ -108,6 +109,9 @@ class Document:
         if full_name in KEYED:
             parameters.append(IDEMPOTENCY_KEY)
             codes.add("IDEMPOTENCY_CONFLICT")
+        if SECURITY[ROLES[full_name]]:
+            # Too many wrong keys came from the address.
+            codes.add("RATE_LIMITED")
         if path_fields:
             # `.` and `..` lead elsewhere.
             codes.add("ROUTE_NOT_FOUND")

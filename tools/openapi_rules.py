@@ -6,9 +6,8 @@ from services.provisioner.domain import idempotency, paging, policy, product
 from services.provisioner.domain.audit import AuditAction
 from services.provisioner.domain.engine import EngineStatus
 from services.provisioner.products import MAX_GRACE_S
-from services.provisioner.servicers.authorization import ROLES as PROVISIONER_ROLES
-from services.provisioner.servicers.authorization import Role
 from services.provisioner.servicers.idempotency import IN_TRANSACTION, THROUGH_OPERATION
+from services.shared.authorization import Role
 from services.shared.user_id import USER_ID
 
 Schema = dict[str, Any]
@@ -34,13 +33,6 @@ RULES: dict[str, Schema] = {
 }
 # protobuf has no word for it.
 REQUIRED = {"user_id", "slug", "policy", "max_engines"}
-_ADMISSION = "/september.admission.v1.AdmissionService/"
-ROLES = {
-    **PROVISIONER_ROLES,
-    _ADMISSION + "Admit": Role.PRODUCT,
-    _ADMISSION + "GetEngine": Role.PRODUCT,
-    _ADMISSION + "CheckHealth": Role.ANYONE,
-}
 SECURITY: dict[Role, list[dict[str, list[str]]]] = {
     Role.ANYONE: [],
     Role.PRODUCT: [{"platformKey": []}],

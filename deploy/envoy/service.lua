@@ -5,6 +5,8 @@
 local REQUEST_HEADERS = {
   [":authority"] = true, [":method"] = true, [":path"] = true, [":scheme"] = true,
   ["content-length"] = true, ["content-type"] = true, ["te"] = true, ["x-forwarded-proto"] = true,
+  -- Where the call comes from, which nobody else can say.
+  ["x-envoy-external-address"] = true,
   -- The log and the answers that Envoy makes itself need these two.
   ["x-envoy-original-method"] = true, ["x-envoy-original-path"] = true,
   ["idempotency-key"] = true, ["x-admin-key"] = true, ["x-platform-key"] = true, ["x-request-id"] = true,

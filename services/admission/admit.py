@@ -1,6 +1,6 @@
 """May this user go in, and where is their engine? The decision, without any transport."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from services.admission.activity import Activity
@@ -16,6 +16,7 @@ from services.shared.errors import (
     RateLimited,
     ServiceError,
 )
+from services.shared.guesses import Guesses
 from services.shared.keys import platform_key_hash
 from services.shared.user_id import check_user_id
 
@@ -48,6 +49,7 @@ class Admission:
     """
 
     def __init__(self, registry: Registry, limiter: Limiter, provisioner: Provisioner, activity: Activity) -> None:
+        self._guesses = Guesses()
         self._registry = registry
         self._limiter = limiter
         self._provisioner = provisioner
@@ -57,6 +59,7 @@ class Admission:
         self,
         platform_keys: Sequence[str],
         user_id: str,
+        address: Callable[[], str],
         *,
         auto_provision: bool,
         auto_wake: bool,
@@ -71,6 +74,7 @@ class Admission:
         Args:
             platform_keys: every value of the caller's key header.
             user_id: the product's own id of the user.
+            address: gives the address of IP that the call comes from.
             auto_provision: make the engine if there is none.
             auto_wake: wake the engine if it sleeps.
             keep_awake_s: seconds in which the engine is not put to sleep; cut to what the policy allows.
@@ -79,7 +83,7 @@ class Admission:
         Raises:
             InvalidPlatformKey, InvalidRequest, RateLimited, Unavailable, and what a boot can fail with.
         """
-        product = await self._authenticate(platform_keys)
+        product = await self._authenticate(platform_keys, address)
         check_user_id(user_id)
         if keep_awake_s < 0:
             raise InvalidRequest("keep_awake_s: must not be negative")
@@ -112,23 +116,30 @@ class Admission:
         ADMITS.counts[reason] += 1
         return Denied(reason)
 
-    async def engine(self, platform_keys: Sequence[str], user_id: str) -> Engine:
-        """A user's engine as it is.
+    async def engine(self, platform_keys: Sequence[str], user_id: str, address: Callable[[], str]) -> Engine:
+        """A user's engine as it is; see `admit` for the arguments.
 
         Raises:
-            InvalidPlatformKey, InvalidRequest, EngineNotFound, Unavailable.
+            InvalidPlatformKey, RateLimited, InvalidRequest, EngineNotFound, Unavailable.
         """
-        product = await self._authenticate(platform_keys)
+        product = await self._authenticate(platform_keys, address)
         check_user_id(user_id)
         engine = await self._registry.engine_now(product.product_id, user_id)
         if engine is None:
             raise EngineNotFound
         return engine
 
-    async def _authenticate(self, platform_keys: Sequence[str]) -> Product:
-        product = await self._registry.product_by_key(platform_key_hash(platform_keys))
-        if product is None:
-            raise InvalidPlatformKey
+    async def _authenticate(self, platform_keys: Sequence[str], address: Callable[[], str]) -> Product:
+        try:
+            key_hash = platform_key_hash(platform_keys)
+            if not self._registry.knows_key(key_hash):
+                await self._guesses.turn(address())
+            product = await self._registry.product_by_key(key_hash)
+            if product is None:
+                raise InvalidPlatformKey
+        except InvalidPlatformKey:
+            await self._guesses.wrong(address())
+            raise
         return product
 
 

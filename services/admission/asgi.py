@@ -10,6 +10,7 @@ import sys
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 from uuid import uuid4
 
@@ -20,7 +21,7 @@ from services.admission import grpc_wire
 from services.admission.calls import KEY_HEADER, Call, Method
 from services.admission.grpc_wire import Refused
 from services.shared.errors import InvalidRequest, ServiceError, Unavailable
-from services.shared.grpc_server import failure_status
+from services.shared.grpc_server import ADDRESS_HEADER, failure_status
 
 log = structlog.get_logger(__name__)
 
@@ -34,6 +35,7 @@ _MAX_CALLS = 10_000
 # How often a call that is under way looks whether its caller is still there.
 _LOOK_S = 1.0
 _KEY_HEADER = KEY_HEADER.encode()
+_ADDRESS_HEADER = ADDRESS_HEADER.encode()
 # The gateway's transcoder has put it there, and nobody else can.
 _REST = b"x-envoy-original-path"
 
@@ -139,7 +141,7 @@ class AdmissionApp:
             raise _deadline_exceeded()
         watch = _Watch(call, served, timeout_s, receive)
         try:
-            return await served.method(request, Call(keys, timeout_s))
+            return await served.method(request, Call(keys, timeout_s, partial(_address, headers)))
         except asyncio.CancelledError:
             if watch.verdict is None:
                 raise
@@ -147,6 +149,10 @@ class AdmissionApp:
             raise watch.verdict from None
         finally:
             watch.end()
+
+
+def _address(headers: Mapping[bytes, bytes]) -> str:
+    return headers[_ADDRESS_HEADER].decode("latin-1")
 
 
 class _CallerLeft(Exception):

@@ -26,10 +26,12 @@ class Call:
     Args:
         platform_keys: every value of the caller's key header, in order.
         timeout_s: how long the caller waits, in seconds; None if it did not say.
+        address: gives the caller's address of IP.
     """
 
     platform_keys: Sequence[str] = field(repr=False)
     timeout_s: float | None
+    address: Callable[[], str]
 
 
 Method = Callable[[bytes, Call], Awaitable[bytes]]
@@ -54,6 +56,7 @@ class AdmissionCalls:
         decision = await self._admission.admit(
             call.platform_keys,
             message.user_id,
+            call.address,
             auto_provision=message.auto_provision,
             auto_wake=message.auto_wake,
             keep_awake_s=message.keep_awake_s,
@@ -66,7 +69,7 @@ class AdmissionCalls:
 
     async def _get_engine(self, request: bytes, call: Call) -> bytes:
         message = _parsed(pb.GetEngineRequest, request)
-        engine = await self._admission.engine(call.platform_keys, message.user_id)
+        engine = await self._admission.engine(call.platform_keys, message.user_id, call.address)
         return pb.GetEngineResponse(engine=_to_message(engine)).SerializeToString()
 
     async def _check_health(self, request: bytes, call: Call) -> bytes:

@@ -116,6 +116,10 @@ class Memory(Generic[K, V]):
         """How many things are remembered, and how many that do not exist."""
         return len(self._remembered) + len(self._absent)
 
+    def __contains__(self, key: K) -> bool:
+        """Whether something is remembered under the key, true or not."""
+        return key in self._remembered
+
     async def get(self, key: K) -> V | None:
         """What exists under the key. Nothing else runs between the last look and the return.
 

@@ -61,6 +61,9 @@ class ReadModel:
     async def product_by_key(self, key_hash: bytes) -> Product | None:
         return await self._keys.get(key_hash)
 
+    def knows_key(self, key_hash: bytes) -> bool:
+        return key_hash in self._keys
+
     async def engine(self, product_id: UUID, user_id: str) -> Engine | None:
         return await self._engines.get((product_id, user_id))
 

@@ -18,6 +18,9 @@ class Registry(Protocol):
     async def product_by_key(self, key_hash: bytes) -> Product | None:
         """The product that a platform key belongs to, by the key's SHA-256."""
 
+    def knows_key(self, key_hash: bytes) -> bool:
+        """Whether a key with this SHA-256 was good when it was last looked up, and so may be now."""
+
     async def engine(self, product_id: UUID, user_id: str) -> Engine | None:
         """A user's engine, as far as it is known. Nothing else runs between the last look and the return."""
 

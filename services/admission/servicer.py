@@ -1,13 +1,14 @@
 """AdmissionService over gRPC."""
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Any
 
 import grpc
 from grpc.aio import ServicerContext
 
 from services.admission.calls import KEY_HEADER, SERVICE, AdmissionCalls, Call, Method
-from services.shared.grpc_server import metadata_values
+from services.shared.grpc_server import caller_address, metadata_values
 
 _Handler = Callable[[bytes, "ServicerContext[Any, Any]"], Awaitable[bytes]]
 
@@ -21,6 +22,7 @@ def handlers(calls: AdmissionCalls) -> grpc.GenericRpcHandler:
 
 def _served(method: Method) -> _Handler:
     async def handler(request: bytes, context: "ServicerContext[Any, Any]") -> bytes:
-        return await method(request, Call(metadata_values(context, KEY_HEADER), context.time_remaining()))
+        keys = metadata_values(context, KEY_HEADER)
+        return await method(request, Call(keys, context.time_remaining(), partial(caller_address, context)))
 
     return handler

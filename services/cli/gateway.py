@@ -19,7 +19,6 @@ from services.shared.tls import UNIX, Certificate, Identity
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "deploy" / "envoy"
 CONFIG = "envoy.yaml"
-_FAST_LANE, _TLS, _UPSTREAM_TLS, _TRACING = "fast lane", "tls", "upstream tls", "tracing"
 
 
 class Lane(StrEnum):
@@ -47,8 +46,8 @@ class GatewaySettings:
         lane_app: `module:attribute` of what is inside of the gateway in the fast lane.
         operators_listen: `ip:port` that operators connect to.
         certificate: what callers and operators are shown; without one the gateway speaks no TLS.
-        identity: what the services are shown, which must have certificates of the same CA; None for services
-            without TLS.
+        identity: what services that are not on a socket are shown, which must have certificates of the same CA;
+            None for services without TLS.
         directory: where the `files` are.
     """
 
@@ -76,10 +75,11 @@ def render(settings: GatewaySettings) -> str:
     operators_host, operators_port = _host_and_port(settings.operators_listen)
     template = (DIRECTORY / CONFIG).read_text()
     parts = {
-        _FAST_LANE: settings.admission is None,
-        _TLS: settings.certificate is not None,
-        _UPSTREAM_TLS: settings.identity is not None,
-        _TRACING: settings.collector is not None,
+        "fast lane": settings.admission is None,
+        "tls": settings.certificate is not None,
+        "admission tls": settings.identity is not None and not (settings.admission or UNIX).startswith(UNIX),
+        "provisioner tls": settings.identity is not None and not settings.provisioner.startswith(UNIX),
+        "tracing": settings.collector is not None,
     }
     for part, wanted in parts.items():
         if not wanted:

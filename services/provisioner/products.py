@@ -1,6 +1,7 @@
 """The use cases of products."""
 
 import hmac
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from typing import Protocol
@@ -16,11 +17,13 @@ from services.shared.errors import (
     ProductNotFound,
     ProductSlugExists,
 )
+from services.shared.guesses import Guesses
 from services.shared.keys import new_platform_key, platform_key_hash
 
 ADMIN = "admin"
 
 MAX_GRACE_S = 604_800
+_MOST_GOOD_KEYS = 10_000
 
 
 class Store(Protocol):
@@ -41,42 +44,69 @@ class Products:
 
     def __init__(self, store: Store, admin_key: str) -> None:
         self._store = store
+        self._guesses = Guesses()
+        # Hashes of keys that were good when they were last looked up, which they are for every call.
+        self._good: OrderedDict[bytes, None] = OrderedDict()
         self._admin_key_hash = sha256(admin_key.encode()).digest()
 
-    async def authenticate(self, presented: Sequence[str]) -> Product:
+    async def authenticate(self, presented: Sequence[str], address: str) -> Product:
         """The product that a platform key belongs to.
 
         Args:
             presented: every value of the key's header.
+            address: of IP, that the call comes from.
 
         Raises:
             InvalidPlatformKey: not exactly one key, or not a product's.
+            RateLimited: too many from this address were wrong.
         """
-        product = await self._store.by_key_hash(platform_key_hash(presented))
-        if product is None:
-            raise InvalidPlatformKey
+        try:
+            key_hash = platform_key_hash(presented)
+            if key_hash not in self._good:
+                await self._guesses.turn(address)
+            product = await self._store.by_key_hash(key_hash)
+            if product is None:
+                self._good.pop(key_hash, None)
+                raise InvalidPlatformKey
+        except InvalidPlatformKey:
+            await self._guesses.wrong(address)
+            raise
+        self._good[key_hash] = None
+        self._good.move_to_end(key_hash)
+        if len(self._good) > _MOST_GOOD_KEYS:
+            self._good.popitem(last=False)
         return product
 
-    def authenticate_admin(self, presented: Sequence[str]) -> None:
-        """Raises `InvalidAdminKey` unless the one key presented is the admin key."""
+    async def authenticate_admin(self, presented: Sequence[str], address: str) -> None:
+        """Returns if the one key presented is the admin key.
+
+        Raises:
+            InvalidAdminKey: it is not.
+            RateLimited: too many from this address were wrong.
+        """
         hashed = sha256(presented[0].encode()).digest() if len(presented) == 1 else b""
         if not hmac.compare_digest(hashed, self._admin_key_hash):
+            await self._guesses.wrong(address)
             raise InvalidAdminKey
 
-    async def authenticate_either(self, platform_keys: Sequence[str], admin_keys: Sequence[str]) -> Product | None:
+    async def authenticate_either(
+        self, platform_keys: Sequence[str], admin_keys: Sequence[str], address: str
+    ) -> Product | None:
         """The product that the platform key belongs to, or None for operators, who showed the admin key.
 
         Args:
             platform_keys: every value of the platform key's header.
             admin_keys: every value of the admin key's header; if there is any it alone counts.
+            address: of IP, that the call comes from.
 
         Raises:
             InvalidPlatformKey: whatever is wrong with either.
+            RateLimited: too many from this address were wrong.
         """
         if not admin_keys:
-            return await self.authenticate(platform_keys)
+            return await self.authenticate(platform_keys, address)
         try:
-            self.authenticate_admin(admin_keys)
+            await self.authenticate_admin(admin_keys, address)
         except InvalidAdminKey as error:
             raise InvalidPlatformKey from error
         return None

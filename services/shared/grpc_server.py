@@ -18,6 +18,7 @@ from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
 from september.errors.v1 import errors_pb2
+from services.shared.authorization import ROLES
 from services.shared.errors import InvalidPlatformKey, InvalidRequest, RateLimited, ServiceError, Unavailable
 from services.shared.metrics import ERRORS
 from services.shared.tls import UNIX, Identity
@@ -26,6 +27,8 @@ ERROR_DOMAIN = "platform.september"
 MAX_REQUEST_BYTES = 64 * 1024
 # More than the gateway lets through and adds. Between its two limits gRPC refuses at random, as if it were overloaded.
 _MAX_METADATA_BYTES = 32 * 1024
+ADDRESS_HEADER = "x-envoy-external-address"
+"""In which the gateway says where a call comes from; it lets nobody else say so."""
 
 log = structlog.get_logger(__name__)
 
@@ -64,8 +67,8 @@ Continuation: TypeAlias = "Callable[[grpc.HandlerCallDetails], Awaitable[grpc.Rp
 class StatusInterceptor(grpc.aio.ServerInterceptor):
     """Turns whatever a handler raises into a documented error, and hides the rest.
 
-    It also parses the request itself, so that a malformed message is the caller's error and not
-    an internal one, and binds the request id to every log line of the call.
+    A method that nobody has a role for does not exist. It also parses the request itself, so that a malformed message
+    is the caller's error and not an internal one, and binds the request id to every log line of the call.
     """
 
     async def intercept_service(
@@ -75,7 +78,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
     ) -> "Handler | None":
         handler: Any = await continuation(handler_call_details)
         method = handler_call_details.method
-        if handler is None:
+        if handler is None or method not in ROLES:
             return None
         parse, serialize = handler.request_deserializer, handler.response_serializer
         if handler.unary_unary is not None:
@@ -164,6 +167,12 @@ def failure_status(error: BaseException, request_id: str) -> tuple[grpc.StatusCo
 def metadata_values(context: Context, key: str) -> list[str]:
     """Every value of a metadata key of a call, in order."""
     return [str(v) for k, v in context.invocation_metadata() or () if k == key]
+
+
+def caller_address(context: Context) -> str:
+    """The address of IP that a call comes from: of who has called the gateway, or of the peer."""
+    by_gateway = metadata_values(context, ADDRESS_HEADER)
+    return by_gateway[-1] if by_gateway else context.peer().partition(":")[2].rpartition(":")[0]
 
 
 class AddressTaken(Exception):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from services.cli.gateway import GatewaySettings, Lane, command, lane_environment, render
+from services.cli.gateway import CONFIG, GatewaySettings, Lane, command, files, lane_environment
 from tests.harness import ROOT
 
 DEADLINE_S = 30.0
@@ -192,14 +192,17 @@ async def running_gateway(
         edit: changes the configuration: shorter timeouts, smaller limits.
         more: of its settings.
     """
-    config, admin_file = directory / "envoy.yaml", directory / "admin"
+    config, admin_file = directory / CONFIG, directory / "admin"
     environment: Mapping[str, str] = os.environ
     if isinstance(admission, Inside):
-        settings = GatewaySettings("127.0.0.1:0", None, provisioner, lane_app=admission.app, **more)
+        settings = GatewaySettings(
+            "127.0.0.1:0", None, provisioner, lane_app=admission.app, directory=directory, **more
+        )
         environment = {**os.environ, **(lane_environment() or {}), **admission.environment}
     else:
-        settings = GatewaySettings("127.0.0.1:0", admission, provisioner, **more)
-    config.write_text(edit(render(settings)))
+        settings = GatewaySettings("127.0.0.1:0", admission, provisioner, directory=directory, **more)
+    for name, text in files(settings).items():
+        (directory / name).write_text(edit(text))
     started = started_gateway([*command(config), "--admin-address-path", str(admin_file)], environment, admin_file)
     async with started as gateway:
         yield gateway

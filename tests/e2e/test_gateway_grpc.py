@@ -119,7 +119,7 @@ async def test_services_get_only_metadata_that_they_know(served: Served) -> None
     await served.call(ADMIT, admission_pb.AdmitRequest(user_id="cat").SerializeToString(), metadata)
     (call,) = served.admission.calls["cat"]
     assert call.values("x-platform-key") == ["pk-sept-1"]
-    assert {key for key, _ in call.metadata} - {"content-length", "x-forwarded-proto"} == {
+    assert {key for key, _ in call.metadata} - {"content-length", "x-envoy-external-address", "x-forwarded-proto"} == {
         "user-agent", "x-platform-key", "x-request-id",
     }  # fmt: skip
 

@@ -15,7 +15,7 @@ from google.protobuf.struct_pb2 import Value
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from services.provisioner.servicers.authorization import ROLES, Role
+from services.shared.authorization import ROLES, Role
 from tests.e2e.gateway_calls import SERVICES
 from tests.fuzz.targets import DEADLINE_S, Tally, Targets
 

@@ -9,14 +9,14 @@ from google.protobuf.struct_pb2 import Struct
 
 from september.provisioner.v1 import product_service_pb2 as product_pb
 from september.provisioner.v1 import provisioner_service_pb2 as pb
-from services.provisioner.servicers.authorization import ROLES, Role
+from services.shared.authorization import ROLES, Role
 from services.shared.keys import new_platform_key
 from tests.harness import Clients, Platform, Service, reason
 
 Shared = tuple[Platform, list[Service]]
 Metadata = tuple[tuple[str, str], ...]
 ADMISSION = "/september.admission.v1.AdmissionService/"
-PRODUCT_METHODS = [m for m, role in ROLES.items() if role is Role.PRODUCT]
+PRODUCT_METHODS = [m for m, role in ROLES.items() if role is Role.PRODUCT and not m.startswith(ADMISSION)]
 ADMIN_METHODS = [m for m, role in ROLES.items() if role is Role.ADMIN]
 SCOPED_METHODS = [m for m, role in ROLES.items() if role is Role.PRODUCT_OR_ADMIN]
 

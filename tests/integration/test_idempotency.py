@@ -18,9 +18,9 @@ from september.provisioner.v1 import fleet_service_pb2 as fleet_pb
 from september.provisioner.v1 import product_service_pb2 as product_pb
 from september.provisioner.v1 import provisioner_service_pb2 as pb
 from services.provisioner.domain.idempotency import KeyedCall
-from services.provisioner.servicers.authorization import ROLES
 from services.provisioner.servicers.idempotency import IN_TRANSACTION, THROUGH_OPERATION
 from services.provisioner.store.idempotency import IdempotencyStore, begun_before
+from services.shared.authorization import ROLES
 from services.shared.errors import EngineNotFound
 from services.shared.keys import EngineKeyring
 from services.shared.postgres import Database
@@ -32,7 +32,7 @@ Metadata = tuple[tuple[str, str], ...]
 # What changes nothing, and what is idempotent by itself.
 KEYLESS = {
     *("WatchEngine", "EnsureEngine", "ListEngines", "GetFleetStatus", "GetFleetMetrics", "ListAuditEvents"),
-    *("GetEngineHistory", "ListProducts", "GetProduct", "Check", "Watch"),
+    *("GetEngineHistory", "ListProducts", "GetProduct", "Check", "Watch", "Admit", "GetEngine", "CheckHealth"),
 }
 ALLOWED = ["services.engine", "tests.engines.*"]
 

@@ -1,52 +1,14 @@
-"""Who may call what: one table, and nothing that is not in it."""
+"""Who is calling, and that they may."""
 
 from contextvars import ContextVar
-from enum import Enum, auto
 from uuid import UUID
 
 import grpc
 
 from services.provisioner.domain.product import Product
 from services.provisioner.products import Products
-from services.shared.grpc_server import Context, Continuation, Handler, guarded, metadata_values
-
-
-class Role(Enum):
-    ANYONE = auto()
-    PRODUCT = auto()
-    ADMIN = auto()
-    # Products see their own, operators all.
-    PRODUCT_OR_ADMIN = auto()
-
-
-_PROVISIONER = "/september.provisioner.v1.ProvisionerService/"
-_PRODUCT = "/september.provisioner.v1.ProductService/"
-_FLEET = "/september.provisioner.v1.FleetService/"
-ROLES = {
-    "/grpc.health.v1.Health/Check": Role.ANYONE,
-    "/grpc.health.v1.Health/Watch": Role.ANYONE,
-    _PROVISIONER + "ProvisionEngine": Role.PRODUCT,
-    _PROVISIONER + "DestroyEngine": Role.PRODUCT,
-    _PROVISIONER + "StartEngine": Role.PRODUCT,
-    _PROVISIONER + "StopEngine": Role.PRODUCT,
-    _PROVISIONER + "SleepEngine": Role.PRODUCT,
-    _PROVISIONER + "WakeEngine": Role.PRODUCT,
-    _PROVISIONER + "RotateEngineKey": Role.PRODUCT,
-    _PROVISIONER + "WatchEngine": Role.PRODUCT,
-    _PROVISIONER + "EnsureEngine": Role.PRODUCT,
-    _PRODUCT + "RegisterProduct": Role.ADMIN,
-    _PRODUCT + "UpdatePolicy": Role.ADMIN,
-    _PRODUCT + "ListProducts": Role.ADMIN,
-    _PRODUCT + "GetProduct": Role.ADMIN,
-    _PRODUCT + "RotatePlatformKey": Role.ADMIN,
-    _PRODUCT + "DisableProduct": Role.ADMIN,
-    _PRODUCT + "EnableProduct": Role.ADMIN,
-    _FLEET + "ListEngines": Role.PRODUCT_OR_ADMIN,
-    _FLEET + "GetFleetStatus": Role.PRODUCT_OR_ADMIN,
-    _FLEET + "GetFleetMetrics": Role.PRODUCT_OR_ADMIN,
-    _FLEET + "ListAuditEvents": Role.PRODUCT_OR_ADMIN,
-    _FLEET + "GetEngineHistory": Role.PRODUCT,
-}
+from services.shared.authorization import ROLES, Role
+from services.shared.grpc_server import Context, Continuation, Handler, caller_address, guarded, metadata_values
 
 # None for an operator.
 _caller: ContextVar[Product | None] = ContextVar("caller")
@@ -85,12 +47,13 @@ class AuthorizationInterceptor(grpc.aio.ServerInterceptor):
 
         async def authorize(context: Context) -> None:
             platform_keys, admin_keys = (metadata_values(context, name) for name in ("x-platform-key", "x-admin-key"))
+            address = caller_address(context)
             if role is Role.ADMIN:
-                self._products.authenticate_admin(admin_keys)
+                await self._products.authenticate_admin(admin_keys, address)
                 _caller.set(None)
             elif role is Role.PRODUCT_OR_ADMIN:
-                _caller.set(await self._products.authenticate_either(platform_keys, admin_keys))
+                _caller.set(await self._products.authenticate_either(platform_keys, admin_keys, address))
             else:
-                _caller.set(await self._products.authenticate(platform_keys))
+                _caller.set(await self._products.authenticate(platform_keys, address))
 
         return guarded(handler, authorize)

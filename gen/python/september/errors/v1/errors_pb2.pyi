@@ -53,7 +53,9 @@ class _ErrorCodeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ErrorCode.V
     ERROR_CODE_ENGINE_ALREADY_RUNNING: _ErrorCode.ValueType  # 11
     """The engine runs already."""
     ERROR_CODE_RATE_LIMITED: _ErrorCode.ValueType  # 12
-    """The product is over its `rate_limit_rpm`. `RetryInfo` (`Retry-After`) says when to come back."""
+    """The product is over its `rate_limit_rpm`, or too many wrong keys came from the address. `RetryInfo`
+    (`Retry-After`) says when to come back.
+    """
     ERROR_CODE_QUOTA_EXCEEDED: _ErrorCode.ValueType  # 13
     """The product has `max_engines` engines and one more was asked for."""
     ERROR_CODE_INTERNAL: _ErrorCode.ValueType  # 14
@@ -102,7 +104,9 @@ ERROR_CODE_ENGINE_NOT_RUNNING: ErrorCode.ValueType  # 10
 ERROR_CODE_ENGINE_ALREADY_RUNNING: ErrorCode.ValueType  # 11
 """The engine runs already."""
 ERROR_CODE_RATE_LIMITED: ErrorCode.ValueType  # 12
-"""The product is over its `rate_limit_rpm`. `RetryInfo` (`Retry-After`) says when to come back."""
+"""The product is over its `rate_limit_rpm`, or too many wrong keys came from the address. `RetryInfo`
+(`Retry-After`) says when to come back.
+"""
 ERROR_CODE_QUOTA_EXCEEDED: ErrorCode.ValueType  # 13
 """The product has `max_engines` engines and one more was asked for."""
 ERROR_CODE_INTERNAL: ErrorCode.ValueType  # 14

@@ -1,0 +1,272 @@
+"""Who may call what: every method of every service, by everybody, on every way in."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2
+
+from september.provisioner.v1 import product_service_pb2 as product_pb
+from september.provisioner.v1 import provisioner_service_pb2 as pb
+from services.cli.gateway import Lane
+from services.shared.authorization import ROLES, Role
+from services.shared.keys import new_platform_key
+from tests.canaries import Canaries
+from tests.e2e.gateway_calls import METHODS, SERVICES
+from tests.e2e.gateway_process import Gateway, Inside, running_gateway
+from tests.harness import Clients, Platform, reason
+
+FIGURE = "authorization matrix cells right; canary secrets found"
+SERVED, ABSENT = "served", "absent"
+NO_PLATFORM_KEY, NO_ADMIN_KEY = "INVALID_PLATFORM_KEY", "INVALID_ADMIN_KEY"
+REFUSALS = {ABSENT, NO_PLATFORM_KEY, NO_ADMIN_KEY}
+# What no role is for, and nobody can call.
+NOWHERE = [
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+    "/grpc.channelz.v1.Channelz/GetServers",
+    "/september.provisioner.v1.ProvisionerService/NoSuchMethod",
+    "/september.admission.v1.AdmissionService/NoSuchMethod",
+]
+DESCRIPTORS = {f"/{s.full_name}/{m.name}": m for s in SERVICES for m in s.methods}
+HEALTH = {path for path in ROLES if path.startswith("/grpc.health")}
+OF_OPERATORS = {
+    path
+    for path in DESCRIPTORS
+    if "ProductService" in path
+    or path.endswith(("/ListEngines", "/ListAuditEvents", "/GetFleetStatus", "/GetFleetMetrics"))
+}
+OF_PRODUCTS = {path for path in DESCRIPTORS if "ProductService" not in path and not path.endswith("/EnsureEngine")}
+# Of what must not change when a call is refused.
+TABLES = ("products", "platform_keys", "engines", "operations", "audit_events", "port_leases", "idempotency_keys")
+
+Headers = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Args:
+    platform_key, admin_key: whether what it shows of each is right; None if it shows nothing.
+    """
+
+    name: str
+    headers: Headers
+    platform_key: bool | None = None
+    admin_key: bool | None = None
+
+
+def expected(path: str, caller: Caller, *, platform: bool = True, admin: bool = True) -> str:
+    """What a method answers a caller, of whose headers these two come through."""
+    platform_key, admin_key = caller.platform_key if platform else None, caller.admin_key if admin else None
+    role = ROLES[path]
+    if role is Role.ANYONE:
+        return SERVED
+    if role is Role.ADMIN:
+        return SERVED if admin_key else NO_ADMIN_KEY
+    if role is Role.PRODUCT_OR_ADMIN and admin_key is not None:
+        return SERVED if admin_key else NO_PLATFORM_KEY
+    return SERVED if platform_key else NO_PLATFORM_KEY
+
+
+@dataclass
+class Scene:
+    """An installation with an engine, and everybody who may come.
+
+    Args:
+        canaries: no answer may hold one.
+        cells: what came of each call, and whether that is right.
+    """
+
+    platform: Platform
+    product_id: str
+    callers: list[Caller]
+    canaries: Canaries
+    cells: dict[tuple[str, str, str], tuple[bool, str]] = field(default_factory=dict)
+
+    def fields(self, path: str, *, harmless: bool) -> dict[str, Any]:
+        """Of a request that does nothing if it is carried out, or as much as can be."""
+        known = DESCRIPTORS[path].input_type.fields_by_name
+        effective = {
+            "user_id": "victim",
+            "product_id": self.product_id,
+            "slug": f"p{uuid4().hex[:20]}",
+            "policy": {"max_engines": 0},
+        }
+        nothing = {"user_id": "" if path.endswith("/ProvisionEngine") else "nobody", "product_id": str(uuid4())}
+        return {name: value for name, value in (nothing if harmless else effective).items() if name in known}
+
+    def note(self, way: str, path: str, caller: Caller, outcome: str, wanted: str, answer: bytes) -> None:
+        got = outcome if outcome in REFUSALS else SERVED
+        right = got == wanted and not self.canaries.found(answer)
+        self.cells[way, path, caller.name] = (right, f"{outcome}, not {wanted}")
+
+    def rows(self) -> list[list[tuple[Any, ...]]]:
+        return [self.platform.query(f"SELECT xmin::text, t.* FROM {table} t ORDER BY t::text") for table in TABLES]
+
+    async def grpc(self, channel: grpc.aio.Channel, way: str, path: str, caller: Caller, wanted: str) -> None:
+        request = b""
+        if path in DESCRIPTORS:
+            made: Message = GetMessageClass(DESCRIPTORS[path].input_type)()
+            for name, value in self.fields(path, harmless=wanted == SERVED).items():
+                if isinstance(value, dict):
+                    getattr(made, name).update(value)
+                else:
+                    setattr(made, name, value)
+            request = made.SerializeToString()
+        # Each comes from elsewhere, or their wrong keys would be too many; the gateway does not believe it.
+        metadata = [*caller.headers, ("x-envoy-external-address", str(uuid4()))]
+        try:
+            if path.endswith(("/WatchEngine", "/Watch")):
+                stream: Any = channel.unary_stream(path)
+                call = stream(request, metadata=metadata, timeout=30)
+                answer = await anext(aiter(call))
+                call.cancel()
+            else:
+                unary: Any = channel.unary_unary(path)
+                answer = await unary(request, metadata=metadata, timeout=30)
+            outcome = "OK"
+        except grpc.aio.AioRpcError as error:
+            absent = error.code() is grpc.StatusCode.UNIMPLEMENTED
+            outcome, answer = ABSENT if absent else reason(error), str(error).encode()
+        self.note(way, path, caller, outcome, wanted, b"" if wanted == SERVED else answer)
+
+    async def rest(self, gateway: Gateway, listener: str, way: str, path: str, caller: Caller, wanted: str) -> None:
+        method = METHODS[path.rpartition("/")[2]]
+        fields = self.fields(path, harmless=wanted == SERVED)
+        verb, target = method.rest.split()
+        for name in list(fields):
+            if f"{{{name}}}" in target:
+                target = target.replace(f"{{{name}}}", fields.pop(name))
+        target = target.partition("?")[0]
+        body = fields.get("policy", {}) if target.endswith("/policy") else fields
+        encoded = None if verb == "GET" else json.dumps(body).encode()
+        answer = await gateway.rest(verb, target, encoded, caller.headers, listener=listener)
+        outcome = "OK" if answer.status == 200 else answer.error()[1]
+        if outcome == "ROUTE_NOT_FOUND":
+            outcome = ABSENT
+        self.note(way, path, caller, outcome, wanted, b"" if wanted == SERVED else answer.body)
+
+
+@pytest.fixture
+async def scene(platform: Platform, connect: Callable[..., Clients]) -> Scene:
+    quiet = dict.fromkeys(("ORCH_HEALTH_CHECK_INTERVAL_S", "ORCH_RECONCILE_INTERVAL_S"), "3600")
+    platform.environment |= quiet
+    provisioner = platform.provisioner()
+    platform.admission(provisioner)
+    clients = connect(platform, provisioner)
+    product, other, disabled, rotated = [await clients.register() for _ in range(4)]
+    engine = await clients.provisioner.ProvisionEngine(
+        pb.ProvisionEngineRequest(user_id="victim"), metadata=product.metadata
+    )
+    await clients.products.DisableProduct(
+        product_pb.DisableProductRequest(product_id=disabled.product_id), metadata=clients.admin
+    )
+    await clients.products.RotatePlatformKey(
+        product_pb.RotatePlatformKeyRequest(product_id=rotated.product_id), metadata=clients.admin
+    )
+    good, admin = ("x-platform-key", product.key), ("x-admin-key", platform.admin_key)
+
+    def shows(key: str) -> Headers:
+        return [("x-platform-key", key)]
+
+    callers = [
+        Caller("nobody", []),
+        Caller("malformed key", shows("nonsense"), platform_key=False),
+        Caller("unknown key", shows(new_platform_key()), platform_key=False),
+        Caller("disabled product", shows(disabled.key), platform_key=False),
+        Caller("key from before a rotation", shows(rotated.key), platform_key=False),
+        Caller("engine's key", shows(engine.api_key), platform_key=False),
+        Caller("product", [good], platform_key=True),
+        # Who is served, and finds nothing of the first one's.
+        Caller("other product", shows(other.key), platform_key=True),
+        Caller("product, twice", [good, good], platform_key=False),
+        Caller("product, then nonsense", [good, ("x-platform-key", "nonsense")], platform_key=False),
+        Caller("operator", [admin], admin_key=True),
+        Caller("operator, twice", [admin, admin], admin_key=False),
+        Caller("wrong admin key", [("x-admin-key", "a" * 32)], admin_key=False),
+        Caller("platform key as admin key", [("x-admin-key", product.key)], admin_key=False),
+        Caller("admin key as platform key", shows(platform.admin_key), platform_key=False),
+        Caller("both", [good, admin], platform_key=True, admin_key=True),
+        Caller("the one as the other", [(good[0], admin[1]), (admin[0], good[1])], platform_key=False, admin_key=False),
+        Caller("bearer", [("authorization", f"Bearer {platform.admin_key}")]),
+    ]
+    secrets = {"platform key": product.key, "engine key": engine.api_key, "admin key": platform.admin_key}
+    return Scene(platform, product.product_id, callers, Canaries(**secrets))
+
+
+async def test_everybody_is_served_what_is_theirs_on_every_way_in_and_nothing_else(
+    scene: Scene, tmp_path: Path, score: Callable[[str, str, bool], None]
+) -> None:
+    provisioner, admission = scene.platform.services
+    inside = Inside(
+        "services.admission.lane:app", {**scene.platform.environment, "ORCH_PROVISIONER_ADDR": provisioner.address}
+    )
+    calls: list[tuple[str, Any]] = []
+    logs = [tmp_path / lane / name for lane in Lane for name in ("stdout", "stderr")]
+    async with AsyncExitStack() as stack:
+
+        async def channel(address: str) -> grpc.aio.Channel:
+            return await stack.enter_async_context(grpc.aio.insecure_channel(address))
+
+        for service, module in ((provisioner, "provisioner"), (admission, "admission")):
+            direct = await channel(service.address)
+            for caller in scene.callers:
+                for path in [*ROLES, *NOWHERE]:
+                    here = f".{module}." in path or path in HEALTH
+                    wanted = expected(path, caller) if here and path in ROLES else ABSENT
+                    calls.append((wanted, scene.grpc(direct, module, path, caller, wanted)))
+        for lane in Lane:
+            (tmp_path / lane).mkdir()
+            placed = inside if lane is Lane.FAST else admission.address
+            gateway = await stack.enter_async_context(running_gateway(tmp_path / lane, placed, provisioner.address))
+            for listener, served, hears in (
+                (gateway.address, OF_PRODUCTS, {"admin": False}),
+                (gateway.operators, OF_OPERATORS, {"platform": False}),
+            ):
+                through = await channel(listener)
+                way = f"{lane} {'products' if served is OF_PRODUCTS else 'operators'}"
+                for caller in scene.callers:
+                    for path in [*DESCRIPTORS, *HEALTH, *NOWHERE]:
+                        # What is not Admission's is the same in both lanes.
+                        if lane is Lane.FAST and "Admission" not in path:
+                            continue
+                        wanted = expected(path, caller, **hears) if path in served else ABSENT
+                        calls.append((wanted, scene.grpc(through, f"{way}, gRPC", path, caller, wanted)))
+                        if path.rpartition("/")[2] in METHODS and path in DESCRIPTORS:
+                            calls.append((wanted, scene.rest(gateway, listener, f"{way}, REST", path, caller, wanted)))
+        before = scene.rows()
+        await many([call for wanted, call in calls if wanted != SERVED])
+        assert scene.rows() == before
+        await many([call for wanted, call in calls if wanted == SERVED])
+    assert len(scene.cells) == len(calls) > 2000
+
+    wrong = {cell: why for cell, (right, why) in scene.cells.items() if not right}
+    found = scene.canaries.found_in_files([*scene.platform.directory.rglob("*.log"), *logs])
+    score(FIGURE, f"{1 - len(wrong) / len(calls):.2%} of {len(calls):,}; {len(found)}", not wrong and not found)
+    assert not wrong
+    assert not found
+
+
+async def many(calls: list[Any]) -> None:
+    """So many at a time that it is quick and nobody is too busy to answer."""
+    for start in range(0, len(calls), 20):
+        await asyncio.gather(*calls[start : start + 20])
+
+
+def test_every_method_has_a_role_and_no_role_is_wider_than_it_must() -> None:
+    health = health_pb2.DESCRIPTOR.services_by_name["Health"]
+    served = {f"/{health.full_name}/{name}" for name in ("Check", "Watch")}
+    assert set(ROLES) == {*DESCRIPTORS, *served}
+    of = {role: {path for path in ROLES if ROLES[path] is role} for role in Role}
+    assert of[Role.ANYONE] == {*served, *(path for path in ROLES if path.endswith("/CheckHealth"))}
+    assert of[Role.ADMIN] == {path for path in ROLES if "ProductService" in path}
+    assert of[Role.PRODUCT_OR_ADMIN] == OF_OPERATORS - of[Role.ADMIN]
