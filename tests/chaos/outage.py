@@ -16,6 +16,8 @@ USERS = ("u0", "u1")
 # One whose engine is changed, and so not admitted to from memory.
 CHANGED = "changed"
 RECOVERY_S = 5.0
+# Far below every deadline of a call, and far above what it takes on a crowded machine.
+AT_ONCE_S = 5.0
 # That of the gateway, for calls that boot nothing.
 ANSWERED_S = 15.0
 

@@ -46,6 +46,8 @@ class _Measured(NamedTuple):
 
 
 _measured: defaultdict[str, list[_Measured]] = defaultdict(list)
+# Tests that say nothing of what they were to measure.
+_silent: list[str] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -82,6 +84,8 @@ def score(record_property: Callable[[str, object], None]) -> Score:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.nodeid.startswith("tests/chaos/") and not report.passed:
+        _silent.append(report.nodeid)
     if report.when == "call":
         for name, noted in report.user_properties:
             if name == "score":
@@ -98,8 +102,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         # The short form of a part of the suite says nothing of the rest.
         if figure in _measured or config.option.full:
             terminalreporter.line("  |  ".join((figure, *row)))
-    if config.option.full and config.option.seed is None and len(_measured) == len(FIGURES):
-        _write(_DOCUMENT, card)
+    if _whole(config):
+        if _silent:
+            terminalreporter.line(f"not written, because these failed or were skipped: {', '.join(_silent)}")
+        else:
+            _write(_DOCUMENT, card)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A target that was missed is a failure of `make chaos`; in the short form times say nothing."""
+    missed = any(not met for measured in _measured.values() for _, met in measured)
+    if missed and _whole(session.config) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _whole(config: pytest.Config) -> bool:
+    return config.option.full and config.option.seed is None and len(_measured) == len(FIGURES)
 
 
 def _joined(measured: list[_Measured]) -> tuple[str, str]:

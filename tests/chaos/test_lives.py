@@ -177,21 +177,23 @@ async def live(platform: Platform, parts: list[Part], lives: int, seed: int, *ot
     return f"{lives} lives, {dict(Counter(done))}"
 
 
-def nothing_is_left(platform: Platform, score: Score) -> None:
+def nothing_is_left(platform: Platform, score: Score, lives: int) -> None:
     oracle(platform)
     counts = platform.counts()
-    left = [counts.get("containers", counts.get("processes")), counts["volumes"], counts["ports"]]
-    met = left == [0, 0, 0]
-    score("containers, volumes, ports left over after 1,000 chaotic lives", ", ".join(map(str, left)), met)
-    assert met, counts
+    [kind] = counts.keys() & {"containers", "processes"}
+    left = [counts[kind], counts["volumes"], counts["ports"]]
+    value = f"{', '.join(map(str, left))} of {lives} in {kind}"
+    score("containers, volumes, ports left over after 1,000 chaotic lives", value, left == [0, 0, 0])
+    assert left == [0, 0, 0], counts
 
 
 async def test_of_chaotic_lives_nothing_is_left(
     platform: Platform, seed: int, extent: Callable[[int, int], int], score: Score
 ) -> None:
     platform.environment |= SETTINGS
-    print(await live(platform, parts_of(platform), extent(40, 340), seed))
-    nothing_is_left(platform, score)
+    lives = extent(40, 340)
+    print(await live(platform, parts_of(platform), lives, seed))
+    nothing_is_left(platform, score, lives)
     score("acknowledged operations lost; volumes lost", "0; 0", True)
 
 
@@ -206,6 +208,7 @@ async def test_of_chaotic_lives_in_containers_nothing_is_left_though_dockerd_is_
     docker_platform.environment |= SETTINGS
     assert docker_platform.volumes.is_dir()  # Asked for before the daemon is killed.
     parts = parts_of(docker_platform)
-    print(await live(docker_platform, parts, extent(8, 24), seed, kill_dockerd, kill_dockerd))
-    nothing_is_left(docker_platform, score)
+    lives = extent(8, 24)
+    print(await live(docker_platform, parts, lives, seed, kill_dockerd, kill_dockerd))
+    nothing_is_left(docker_platform, score, lives)
     score("kill -9 at every failpoint, of each process and of dockerd", "dockerd and each process under calls", True)

@@ -59,7 +59,8 @@ async def test_of_all_who_want_a_users_engine_at_once_one_makes_it(
     differ = [user_id for user_id, given in zip(user_ids, zip(*got, strict=True), strict=True) if len(set(given)) > 1]
     made = dict(platform.query("SELECT user_id, count(*) FROM operations WHERE kind = 'provision' GROUP BY 1"))
     duplicates = len(differ) + sum(count - 1 for count in made.values())
-    score("duplicate engines, 1,000 users × 8 replicas", str(duplicates), duplicates == 0)
+    value = f"{duplicates} of {len(user_ids):,} users, {REPLICAS} callers of {len(services)} Provisioners at once"
+    score("duplicate engines, 1,000 users × 8 replicas", value, duplicates == 0)
     assert (differ, made) == ([], dict.fromkeys(user_ids, 1))
     await asyncio.to_thread(oracle, platform)
 
