@@ -64,5 +64,7 @@ class Restarter:
                 reached("restarter.begun")
             except ServiceError:
                 postponed += 1
+            except Exception:
+                log.exception("engine_skipped", engine_id=str(engine_id))
         if postponed:
             log.warning("restarts_postponed", engines=postponed)

@@ -46,7 +46,11 @@ def to_operation(row: Mapping[str, Any]) -> Operation:
 
 
 def to_open_operation(row: Mapping[str, Any]) -> OpenOperation:
-    return OpenOperation(**(dict(row) | {"kind": OperationKind(row["kind"])}))
+    """Raises Unavailable: it is of a kind that a later version has begun, which will end it."""
+    try:
+        return OpenOperation(**(dict(row) | {"kind": OperationKind(row["kind"])}))
+    except ValueError as error:
+        raise Unavailable("the engine's operation is known to a later version alone") from error
 
 
 def to_settled(row: Mapping[str, Any]) -> Settled:
