@@ -69,13 +69,14 @@ class Boot:
         Raises:
             LeaseLost, GiveWay.
         """
-        begun = time.monotonic()
-        deadline = begun + max(operation.seconds_left, _LAST_LOOK_S)
+        deadline = time.monotonic() + max(operation.seconds_left, _LAST_LOOK_S)
         if operation.kind is OperationKind.WAKE and await self._woken(operation, lease):
             return None
         pause = _FIRST_PAUSE_S
         ended_before = False
+        in_vain_since: float | None = None
         while True:
+            begun = time.monotonic()
             try:
                 await self._attempt(operation, lease, deadline)
             except PortTaken:
@@ -86,9 +87,13 @@ class Boot:
                     return BackendError("the engine ended while it booted")
                 ended_before = True
             except Unavailable as error:
-                if time.monotonic() + pause > deadline:
+                now = time.monotonic()
+                if now + pause > deadline:
                     return error
-                if time.monotonic() > begun + PATIENCE_S:
+                if in_vain_since is None or now > begun + PATIENCE_S:
+                    # One that took so long had got somewhere, or was the first to find that nothing answers.
+                    in_vain_since = now
+                if now > in_vain_since + PATIENCE_S:
                     self._delayed(operation.operation_id, error)
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, _LONGEST_PAUSE_S)
