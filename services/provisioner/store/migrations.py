@@ -1,5 +1,6 @@
 """The registry's schema: numbered files, each applied once, in order, in a transaction of its own."""
 
+import asyncio
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
@@ -13,6 +14,8 @@ log = structlog.get_logger(__name__)
 
 # Any number that nothing else in the database uses for an advisory lock.
 _LOCK = 7_267_356_001
+_LOCK_TIMEOUT_S = 2
+_PAUSE_S = 1.0
 
 
 def names() -> list[str]:
@@ -46,19 +49,33 @@ async def migrate(url: str) -> list[str]:
     async with connection:
         applied = []
         for script in scripts:
-            async with connection.transaction():
-                await connection.execute("SELECT pg_advisory_xact_lock(%s)", [_LOCK])
-                await connection.execute(
-                    "CREATE TABLE IF NOT EXISTS schema_migrations ("
-                    " name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT clock_timestamp())"
-                )
-                cursor = await connection.execute("SELECT 1 FROM schema_migrations WHERE name = %s", [script.name])
-                if await cursor.fetchone():
-                    continue
-                await connection.execute(script.read_text(encoding="utf-8").encode())
-                reached("migration.applied")
-                await connection.execute("INSERT INTO schema_migrations (name) VALUES (%s)", [script.name])
-            reached("migration.committed")
-            log.info("migration_applied", name=script.name)
-            applied.append(script.name)
+            while True:
+                try:
+                    if await _apply(connection, script):
+                        log.info("migration_applied", name=script.name)
+                        applied.append(script.name)
+                    break
+                except psycopg.errors.LockNotAvailable:
+                    # Whoever wants the table meanwhile would wait behind it: give way, and try again.
+                    log.warning("migration_waits", name=script.name)
+                    await asyncio.sleep(_PAUSE_S)
         return applied
+
+
+async def _apply(connection: psycopg.AsyncConnection, script: Traversable) -> bool:
+    """Applies one script; False if that was done before."""
+    async with connection.transaction():
+        await connection.execute("SELECT pg_advisory_xact_lock(%s)", [_LOCK])
+        await connection.execute(
+            "CREATE TABLE IF NOT EXISTS schema_migrations ("
+            " name text PRIMARY KEY, applied_at timestamptz NOT NULL DEFAULT clock_timestamp())"
+        )
+        cursor = await connection.execute("SELECT 1 FROM schema_migrations WHERE name = %s", [script.name])
+        if await cursor.fetchone():
+            return False
+        await connection.execute(f"SET LOCAL lock_timeout = '{_LOCK_TIMEOUT_S}s'".encode())
+        await connection.execute(script.read_text(encoding="utf-8").encode())
+        reached("migration.applied")
+        await connection.execute("INSERT INTO schema_migrations (name) VALUES (%s)", [script.name])
+    reached("migration.committed")
+    return True
