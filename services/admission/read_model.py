@@ -120,6 +120,7 @@ class ReadModel:
                     # Restored from a backup: what was read before says nothing of it.
                     gap, changes = True, await self._source.changes(None)
             if gap:
+                # However long that takes of many: every batch has its own time limit.
                 await self._keys.renew()
                 await self._engines.renew()
         except TimeoutError as error:
