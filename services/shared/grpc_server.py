@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from inspect import isasyncgenfunction
 from typing import Any, TypeAlias, cast
+from urllib.parse import unquote
 from uuid import uuid4
 
 import grpc
@@ -172,7 +173,8 @@ def metadata_values(context: Context, key: str) -> list[str]:
 def caller_address(context: Context) -> str:
     """The address of IP that a call comes from: of who has called the gateway, or of the peer."""
     by_gateway = metadata_values(context, ADDRESS_HEADER)
-    return by_gateway[-1] if by_gateway else context.peer().partition(":")[2].rpartition(":")[0]
+    # `ipv4:127.0.0.1:4711`, `ipv6:%5B::1%5D:4711`, `unix:`
+    return by_gateway[-1] if by_gateway else unquote(context.peer()).partition(":")[2].rpartition(":")[0].strip("[]")
 
 
 class AddressTaken(Exception):

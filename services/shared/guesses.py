@@ -87,6 +87,8 @@ def _origin(address: str) -> str | int:
     try:
         ip = ip_address(address)
     except ValueError:
-        # A unix socket's.
+        # A unix socket's; or nonsense, of which there would be no end.
+        return ""
+    if not isinstance(ip, IPv6Address):
         return address
-    return int(ip) >> (128 - _NETWORK_BITS) if isinstance(ip, IPv6Address) else address
+    return int(ip) >> (128 - _NETWORK_BITS) if ip.ipv4_mapped is None else str(ip.ipv4_mapped)

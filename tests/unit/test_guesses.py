@@ -52,6 +52,14 @@ async def test_addresses_do_not_pay_for_each_other_but_those_of_one_network_of_v
     assert await rig.wrong("2001:db8::1", AT_ONCE) == AT_ONCE
     assert await rig.wrong("2001:db8::ffff:ffff:ffff:ffff") == 0
     assert await rig.wrong("2001:db8:0:1::1") == 1
+    assert await rig.wrong("::ffff:192.0.2.1") == 0
+    assert await rig.wrong("::ffff:192.0.2.3") == 1
+
+
+async def test_what_is_no_address_is_all_one() -> None:
+    rig = Rig()
+    assert await rig.wrong("anything", AT_ONCE) == AT_ONCE
+    assert await rig.wrong("something else") == 0
 
 
 async def test_over_the_limit_nothing_is_looked_up_and_who_asks_waits() -> None:
