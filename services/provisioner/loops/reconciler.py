@@ -103,6 +103,8 @@ class Reconciler:
         self._strays: Set[UUID] = frozenset()
 
     async def run(self) -> None:
+        # What was seen in an earlier term is too old.
+        self._strays = frozenset()
         while True:
             pause = self._interval_s
             try:

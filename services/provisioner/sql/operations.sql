@@ -135,7 +135,10 @@ WHERE operation_id = %(operation_id)s AND owner = %(owner)s AND finished_at IS N
 -- Told to the workers like work that is queued: its owner learns of it when it renews the lease.
 -- One that still waits does so no longer: somebody waits for its end.
 WITH changed AS (
-    UPDATE operations SET cancelled_by = %(actor)s, queue = 'other' WHERE operation_id = %(operation_id)s RETURNING operation_id
+    UPDATE operations
+    SET cancelled_by = %(actor)s, queue = 'other', not_before = least(not_before, clock_timestamp())
+    WHERE operation_id = %(operation_id)s
+    RETURNING operation_id
 )
 SELECT pg_notify('operations', 'queued') FROM changed
 
