@@ -176,7 +176,9 @@ async def test_a_gateway_that_is_killed_under_calls_answers_nothing_wrong(
                 async with AsyncExitStack() as stack:
                     gateway = await stack.enter_async_context(running_gateway(directory, inside, provisioner.address))
                     address = gateway.address
-                    await admit()
+                    # So many that all others have had an answer, too: of the last one nobody has one afterwards.
+                    for _ in range(20):
+                        await admit()
                     gateway.process.kill()
 
         await admitted_throughout(admit, (aiohttp.ClientError, TimeoutError), kills())

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from hpack import Decoder
 
 from september.admission.v1 import admission_service_pb2 as admission_pb
 from tests.e2e import http2
@@ -17,6 +18,9 @@ from tests.e2e.gateway_services import engine
 
 UNAVAILABLE = (503, "UNAVAILABLE", "the service is not available, try again")
 POST_ADMIT = [(":method", "POST"), (":scheme", "http"), (":authority", "a"), (":path", "/engines/a/admit")]
+HEALTH = "/grpc.health.v1.Health/Check"
+# The health service's answer SERVING, in its frame.
+HEALTHY = b"\0\0\0\0\2\x08\x01"
 OK_HEADERS = [(":status", "200"), ("content-type", "application/grpc")]
 
 
@@ -49,7 +53,7 @@ def only_headers(*fields: tuple[str, str]) -> Callable[[int], bytes]:
 
 @dataclass
 class Upstream:
-    """A service that answers its calls with these bytes, one after the other."""
+    """A service that answers its calls with these bytes, one after the other, and is healthy whatever it answers."""
 
     answers: Sequence[Callable[[int], bytes]]
     address: str = ""
@@ -60,8 +64,14 @@ class Upstream:
         self._writers.append(writer)
         await reader.readexactly(len(http2.PREFACE))
         writer.write(http2.frame(http2.SETTINGS, 0, 0))
-        async for kind, flags, stream, _ in http2.frames(reader):
+        decoder, looks = Decoder(), set()
+        async for kind, flags, stream, payload in http2.frames(reader):
+            if kind == http2.HEADERS and HEALTH in (value for _, value in decoder.decode(payload)):
+                looks.add(stream)
             if kind in (http2.HEADERS, http2.DATA) and flags & http2.END_STREAM:
+                if stream in looks:
+                    writer.write(grpc_answer(HEALTHY, ("grpc-status", "0"))(stream))
+                    continue
                 self.calls += 1
                 answer = self.answers[min(self.calls, len(self.answers)) - 1](stream)
                 if not answer:

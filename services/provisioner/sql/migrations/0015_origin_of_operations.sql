@@ -20,7 +20,9 @@ BEGIN
             ELSE operation.kind END,
         operation.actor, coalesce(operation.outcome, 'requested'),
         operation.product_id, operation.engine_id, operation.user_id,
-        least(extract(epoch FROM operation.finished_at - operation.created_at) * 1000, 2147483647)::integer,
+        -- Of one that has not ended there is none: least() would make the most of that.
+        CASE WHEN operation.finished_at IS NOT NULL
+            THEN least(extract(epoch FROM operation.finished_at - operation.created_at) * 1000, 2147483647)::integer END,
         operation.error_code,
         coalesce(p_detail, operation.error_message,
             CASE WHEN operation.kind = 'deep_sleep' THEN 'stopped to free its memory' END)
