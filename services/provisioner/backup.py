@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
-from uuid import UUID, uuid4
+from uuid import UUID
 
 from services.provisioner.backends.base import Backend, InstanceState
 from services.provisioner.backends.volumes import Volumes
@@ -106,7 +106,6 @@ async def back_up(
     for engine_id in copied - set(back):
         drop_volume(directory, engine_id)
     manifest = Manifest(
-        backup_id=uuid4(),
         made_at=datetime.now(UTC),
         installation_id=contents.installation_id,
         backend=kind,

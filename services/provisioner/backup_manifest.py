@@ -44,7 +44,6 @@ class Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: int = _FORMAT
-    backup_id: UUID
     made_at: datetime
     installation_id: UUID
     backend: str

@@ -52,7 +52,7 @@ async def restore(
         for done, engine_id in enumerate(manifest.engines):
             told(done, len(manifest.engines))
             copy = volume_file(directory, engine_id)
-            if copy.exists() and not target.restore(engine_id, copy, manifest.backup_id):
+            if copy.exists() and not target.restore(engine_id, copy):
                 kept.append(engine_id)
     finally:
         target.close()

@@ -1,6 +1,7 @@
 """Backup and restore, with real engines and their data, on both backends."""
 
 import asyncio
+import io
 import json
 import re
 import shutil
@@ -9,15 +10,19 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import aiohttp
 import psycopg
 import pytest
+from docker import APIClient
 
+from services.provisioner.backends.docker_volumes import DockerVolumes
 from services.provisioner.backends.engine_template import INSTALLATION_LABEL
+from services.shared.errors import ServiceError
 from tests.e2e.test_docker import IMAGE, DockerPlatform, images
 from tests.harness import ROOT, Clients, Platform, eventually, new_database, running_platform
 from tests.integration.docker_daemon import docker_api, remove_all
@@ -156,6 +161,68 @@ async def test_what_was_backed_up_comes_back(platform: Platform, connect: Connec
     assert await turn(await admitted(asleep, auto_wake=True)) == 2
     assert (await destroyed.admit()).reason == REASON.engine_not_found
     assert set(platform.counts().values()) == {3}
+
+
+async def test_a_backup_restored_twice_takes_nothing_back(platform: Platform, connect: Connect, tmp_path: Path) -> None:
+    provisioner = platform.provisioner()
+    clients = connect(platform, provisioner, platform.admission(provisioner))
+    user = User(clients, await clients.register(), "u1")
+    assert await turn((await user.admit(auto_provision=True)).engine) == 1
+    copy = tmp_path / "copy"
+    await september(platform, "backup", copy)
+    end_services(platform)
+    lose_engines(platform, platform.installation())
+
+    for turns in (2, 3):
+        new_registry(platform)
+        assert ("its data was there already" in await september(platform, "restore", copy)) == (turns == 3)
+        provisioner = platform.provisioner()
+        user.clients = connect(platform, provisioner, platform.admission(provisioner))
+        assert await turn(await admitted(user)) == turns
+        end_services(platform)
+    assert volumes(platform, platform.installation()) == 1
+
+
+def archive(path: Path, content: bytes) -> Path:
+    """A copy of a volume that has one file."""
+    data, file = tarfile.TarInfo("data"), tarfile.TarInfo("data/file")
+    data.type, data.mode, file.size = tarfile.DIRTYPE, 0o755, len(content)
+    with tarfile.open(path, "w") as tar:
+        tar.addfile(data)
+        tar.addfile(file, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture
+def docker_volumes(docker_api: APIClient) -> Iterator[Callable[[], DockerVolumes]]:
+    """What copies volumes of one installation, as often as asked for."""
+    installation = str(uuid4())
+    with ExitStack() as stack:
+        stack.callback(remove_all, docker_api, installation)
+
+        def opened() -> DockerVolumes:
+            volumes = DockerVolumes(installation)
+            volumes.open()
+            stack.callback(volumes.close)
+            return volumes
+
+        yield opened
+
+
+def test_a_volume_that_was_restored_halfway_is_made_anew(
+    docker_volumes: Callable[[], DockerVolumes], tmp_path: Path
+) -> None:
+    volumes, engine_id = docker_volumes(), uuid4()
+    whole = archive(tmp_path / "whole.tar", b"x" * 2**20)
+    half = tmp_path / "half.tar"
+    half.write_bytes(whole.read_bytes()[: 2**19])
+    with pytest.raises(ServiceError):
+        volumes.restore(engine_id, half)
+    assert volumes.restore(engine_id, whole)
+    assert not volumes.restore(engine_id, archive(tmp_path / "other.tar", b"y"))
+    assert volumes.save(engine_id, tmp_path / "copy.tar")
+    with tarfile.open(tmp_path / "copy.tar") as tar:
+        assert tar.getmember("data/file").size == 2**20
 
 
 @pytest.mark.parametrize("platform", ["process"], indirect=True)

@@ -20,7 +20,7 @@ def backup(tmp_path: Path) -> Path:
     write(
         directory,
         Manifest(
-            backup_id=uuid4(), made_at=datetime.now(UTC), installation_id=uuid4(), backend="docker",
+            made_at=datetime.now(UTC), installation_id=uuid4(), backend="docker",
             migrations=["0001_registry.sql"], products=1, engines=[], omitted=[], images=[],
             files=contents_of(directory),
         ),

@@ -16,7 +16,6 @@ from services.provisioner.backends.docker_errors import translated
 from services.provisioner.backends.engine_template import INSTALLATION_LABEL, copier_name, volume_labels, volume_name
 from services.shared.errors import BackendError, Unavailable
 
-_RESTORED_LABEL = "september.restored_from"
 _IMAGE = "september-volume-copy"
 
 
@@ -53,7 +52,7 @@ class DockerVolumes:
 
     def save(self, engine_id: UUID, archive: Path) -> bool:
         with translated():
-            if self._labels(engine_id) is None:
+            if self._labels(volume_name(engine_id)) is None:
                 return False
             with self._mounted(engine_id) as container, archive.open("wb") as file:
                 content, _ = self._api.get_archive(container, "/data")
@@ -61,21 +60,22 @@ class DockerVolumes:
                     file.write(chunk)
         return True
 
-    def restore(self, engine_id: UUID, archive: Path, backup_id: UUID) -> bool:
+    def restore(self, engine_id: UUID, archive: Path) -> bool:
+        # Volumes can't be renamed: another one is there for as long as this one is not whole.
+        incomplete = f"{volume_name(engine_id)}.incomplete"
+        labels = volume_labels(self._installation, engine_id)
         with translated():
-            labels = self._labels(engine_id)
-            if labels is not None and labels.get(_RESTORED_LABEL) != str(backup_id):
-                return False
-            if labels is not None:
+            if self._labels(volume_name(engine_id)) is not None:
+                if self._labels(incomplete) is None:
+                    return False
                 self._remove_copier(engine_id)
                 self._api.remove_volume(volume_name(engine_id))
-            self._api.create_volume(
-                volume_name(engine_id),
-                labels={**volume_labels(self._installation, engine_id), _RESTORED_LABEL: str(backup_id)},
-            )
+            self._api.create_volume(incomplete, labels=labels)
+            self._api.create_volume(volume_name(engine_id), labels=labels)
             with self._mounted(engine_id) as container, archive.open("rb") as file:
                 if not self._api.put_archive(container, "/", file):
                     raise BackendError("the container service refused the engine's volume")
+            self._api.remove_volume(incomplete)
         return True
 
     @property
@@ -84,14 +84,14 @@ class DockerVolumes:
             raise Unavailable("the container service can't be reached")
         return self._client
 
-    def _labels(self, engine_id: UUID) -> dict[str, str] | None:
-        """Labels of the engine's volume; None if it has none.
+    def _labels(self, volume: str) -> dict[str, str] | None:
+        """Labels of the volume; None if there is no such volume.
 
         Raises:
             BackendError: it is another installation's.
         """
         try:
-            labels: dict[str, str] = self._api.inspect_volume(volume_name(engine_id))["Labels"] or {}
+            labels: dict[str, str] = self._api.inspect_volume(volume)["Labels"] or {}
         except NotFound:
             return None
         if labels.get(INSTALLATION_LABEL) != self._installation:

@@ -19,10 +19,10 @@ class Volumes(Protocol):
         """Copies the volume of an engine, which must not write to it meanwhile; False if it has none."""
         ...
 
-    def restore(self, engine_id: UUID, archive: Path, backup_id: UUID) -> bool:
+    def restore(self, engine_id: UUID, archive: Path) -> bool:
         """Makes the engine's volume from its copy; False if it has one already, which is left as it is.
 
-        What an earlier call for the same backup made is made anew, since that may have been ended halfway.
+        What a call that ended halfway has left is no volume of the engine's, and is made anew.
         """
         ...
 
@@ -51,7 +51,7 @@ class DirectoryVolumes:
             tar.add(volume, "data")
         return True
 
-    def restore(self, engine_id: UUID, archive: Path, backup_id: UUID) -> bool:
+    def restore(self, engine_id: UUID, archive: Path) -> bool:
         directory = EngineDirectory(self._data_dir, engine_id)
         if directory.path.exists():
             return False
