@@ -225,6 +225,12 @@ def test_a_volume_that_was_restored_halfway_is_made_anew(
         assert tar.getmember("data/file").size == 2**20
 
 
+def test_a_copy_that_ends_leaves_another_its_image(docker_volumes: Callable[[], DockerVolumes], tmp_path: Path) -> None:
+    ending, going_on, engine_id = docker_volumes(), docker_volumes(), uuid4()
+    ending.close()
+    assert going_on.restore(engine_id, archive(tmp_path / "whole.tar", b"x"))
+
+
 @pytest.mark.parametrize("platform", ["process"], indirect=True)
 async def test_what_can_not_be_restored_is_refused_before_anything_is_touched(
     platform: Platform, tmp_path: Path

@@ -5,7 +5,7 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from uuid import UUID
+from uuid import UUID, uuid4
 
 from docker import APIClient
 from docker.errors import APIError, NotFound
@@ -16,7 +16,7 @@ from services.provisioner.backends.docker_errors import translated
 from services.provisioner.backends.engine_template import INSTALLATION_LABEL, copier_name, volume_labels, volume_name
 from services.shared.errors import BackendError, Unavailable
 
-_IMAGE = "september-volume-copy"
+_REPOSITORY = "september-volume-copy"
 
 
 class DockerVolumes:
@@ -29,6 +29,7 @@ class DockerVolumes:
 
     def __init__(self, installation: str, *, timeout_s: float = 60.0) -> None:
         self._installation = installation
+        self._tag = uuid4().hex  # Another copy that ends takes only its own image away.
         self._timeout_s = timeout_s
         self._client: APIClient | None = None
 
@@ -42,12 +43,12 @@ class DockerVolumes:
             )
             nothing = io.BytesIO()
             tarfile.open(fileobj=nothing, mode="w").close()
-            self._client.import_image_from_data(nothing.getvalue(), repository=_IMAGE, tag=self._installation)
+            self._client.import_image_from_data(nothing.getvalue(), repository=_REPOSITORY, tag=self._tag)
 
     def close(self) -> None:
         if self._client is not None:
             with suppress(APIError):
-                self._client.remove_image(f"{_IMAGE}:{self._installation}")
+                self._client.remove_image(f"{_REPOSITORY}:{self._tag}")
             self._client.close()
 
     def save(self, engine_id: UUID, archive: Path) -> bool:
@@ -103,7 +104,7 @@ class DockerVolumes:
         """The id of a container that has the engine's volume at `/data`."""
         self._remove_copier(engine_id)
         container = self._api.create_container(
-            f"{_IMAGE}:{self._installation}",
+            f"{_REPOSITORY}:{self._tag}",
             ["/never-started"],
             name=copier_name(engine_id),
             network_disabled=True,
