@@ -11,7 +11,7 @@ import psycopg
 import pytest
 
 from september.provisioner.v1 import provisioner_service_pb2 as pb
-from services.provisioner.domain.operation import Queue
+from services.provisioner.domain.operation import Outcome, Queue
 from services.provisioner.domain.restarts import RestartPolicy
 from services.provisioner.store.migrations import migrate
 from services.provisioner.store.operations import OperationStore
@@ -100,6 +100,23 @@ async def test_an_operation_that_nobody_could_carry_out_names_itself_to_those_wh
     failure = settled.failure()
     assert failure is not None
     assert (failure.code, str(operation.operation_id) in failure.message) == ("INTERNAL", True)
+
+
+@pytest.mark.parametrize("outcome", list(Outcome))
+async def test_however_a_backup_ends_its_engine_stays(database: Database, database_url: str, outcome: Outcome) -> None:
+    with psycopg.connect(database_url, autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO engines (engine_id, status, image, node, url, encrypted_key)"
+            " VALUES (gen_random_uuid(), 'running', 'engine:1', 'local', 'http://127.0.0.1:1', '')"
+        )
+        connection.execute(
+            "INSERT INTO operations (operation_id, engine_id, node, kind, actor, queue)"
+            " SELECT gen_random_uuid(), engine_id, node, 'backup', 'operator', 'other' FROM engines"
+        )
+        store = operations(database)
+        (operation,) = await store.claim({Queue.OTHER: 1}, ())
+        await store.finish(operation, outcome)
+        assert connection.execute("SELECT status FROM engines").fetchall() == [("running",)]
 
 
 async def test_an_operation_that_was_open_for_months_gives_way_to_a_destroy(shared: Shared, clients: Clients) -> None:

@@ -227,7 +227,7 @@ class OperationStore:
         else:
             after = transition.success if outcome is Outcome.SUCCEEDED else transition.failure
         # What gave way has made something, which only the destroy that follows takes away.
-        gone = after is None and outcome is not Outcome.CANCELLED
+        gone = transition is not None and after is None and outcome is not Outcome.CANCELLED
         async with self._database.transaction() as tx:
             status, canceller = await self._hold(tx, operation)
             to_be_destroyed = status == EngineStatus.DESTROYING
