@@ -29,7 +29,9 @@ BACKEND_CALLS = Histogram(
     buckets=_BUCKETS,
 )
 OPEN = Gauge("september_operations_open", "Operations that are under way or wait to be, by `queue`.", ["queue"])
-OLDEST = Gauge("september_operations_oldest_seconds", "Age of the oldest open operation that is not quarantined.")
+OLDEST = Gauge(
+    "september_operations_oldest_seconds", "Age of the oldest open operation that is not quarantined and no backup."
+)
 QUARANTINE = Gauge("september_operations_quarantined", "Operations that nobody tries any more.")
 ENGINES = Gauge("september_engines", "Engines with an owner, by `status`.", ["status"])
 POOL_MEMBERS = Gauge(

@@ -5,7 +5,8 @@ SELECT 'open' AS gauge, queue AS label, count(*)::double precision AS n
 FROM operations WHERE finished_at IS NULL AND quarantined_at IS NULL GROUP BY queue
 UNION ALL
 SELECT 'oldest', NULL, coalesce(extract(epoch FROM clock_timestamp() - min(created_at)), 0)
-FROM operations WHERE finished_at IS NULL AND quarantined_at IS NULL
+-- A backup takes as long as its volume is large; one that dies is ended by its lease.
+FROM operations WHERE finished_at IS NULL AND quarantined_at IS NULL AND kind <> 'backup'
 UNION ALL
 SELECT 'quarantined', NULL, count(*) FROM operations WHERE finished_at IS NULL AND quarantined_at IS NOT NULL
 UNION ALL
