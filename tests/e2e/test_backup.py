@@ -19,10 +19,15 @@ import aiohttp
 import psycopg
 import pytest
 from docker import APIClient
+from psycopg.conninfo import conninfo_to_dict
 
 from services.provisioner.backends.docker_volumes import DockerVolumes
 from services.provisioner.backends.engine_template import INSTALLATION_LABEL
+from services.provisioner.backup import LEASE_S
+from services.provisioner.store.backup import BackupStore
+from services.provisioner.store.migrations import migrate
 from services.shared.errors import ServiceError
+from services.shared.postgres import Database
 from tests.e2e.test_docker import IMAGE, DockerPlatform, images
 from tests.harness import ROOT, Clients, Platform, eventually, new_database, running_platform
 from tests.integration.docker_daemon import docker_api, remove_all
@@ -229,6 +234,18 @@ def test_a_copy_that_ends_leaves_another_its_image(docker_volumes: Callable[[], 
     ending, going_on, engine_id = docker_volumes(), docker_volumes(), uuid4()
     ending.close()
     assert going_on.restore(engine_id, archive(tmp_path / "whole.tar", b"x"))
+
+
+async def test_what_the_url_leaves_open_the_environment_says(
+    database_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await migrate(database_url)
+    monkeypatch.setenv("PGHOST", str(conninfo_to_dict(database_url)["host"]))
+    database = Database(database_url, application_name="test")
+    await database.open()
+    store = BackupStore(database, database_url.partition("?")[0], node="local", lease_s=LEASE_S)
+    assert (await store.dump(tmp_path / "registry.sql")).engines == []
+    await database.close()
 
 
 @pytest.mark.parametrize("platform", ["process"], indirect=True)

@@ -72,12 +72,14 @@ async def _run(program: str, url: str, options: list[str]) -> None:
     async with await psycopg.AsyncConnection.connect(url, connect_timeout=5) as connection:
         version = connection.info.server_version // 10_000
     parameters = {name: value for name, value in conninfo_to_dict(url).items() if value is not None}
+    # What the URL leaves open is the caller's to say, to these programs as to psycopg.
+    kept = {name: value for name, value in os.environ.items() if name.startswith("PG") or name in ("HOME", "PATH")}
     # On the command line everybody on this host could read a password.
     environment = {_OF_ENVIRONMENT[name]: str(value) for name, value in parameters.items() if name in _OF_ENVIRONMENT}
     ended = await asyncio.to_thread(
         subprocess.run,
-        [str(embedded_postgres.program(program, version)), *options],
-        env={"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", **environment},
+        [str(embedded_postgres.program(program, version)), "--no-password", *options],
+        env={**kept, "LC_ALL": "C", **environment},
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
     )  # fmt: skip
     if ended.returncode != 0:
