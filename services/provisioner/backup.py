@@ -135,23 +135,26 @@ async def _copy(engine_id: UUID, directory: Path, registry: Registry, backend: B
         if time.monotonic() > deadline:
             raise TimeoutError("it is busy")
         await asyncio.sleep(_PAUSE_S)
-    outcome = Outcome.FAILED
-    try:
-        async with _renewed(registry, operation_id), _still(backend, engine_id):
+    outcome, ran = Outcome.FAILED, False
+    async with _renewed(registry, operation_id):
+        try:
+            before = await backend.inspect(engine_id)
+            ran = before is not None and before.state is InstanceState.RUNNING
+            if ran:
+                await _freeze(backend, engine_id)
             await asyncio.to_thread(volumes.save, engine_id, volume_file(directory, engine_id))
-        outcome = Outcome.SUCCEEDED
-    finally:
-        await registry.let_go(operation_id, engine_id, outcome)
+            outcome = Outcome.SUCCEEDED
+        finally:
+            if ran:
+                # Should this fail it is not let go: the lease runs out, and a Provisioner thaws it.
+                await backend.thaw(engine_id)
+            await registry.let_go(operation_id, engine_id, outcome)
     return True
 
 
 @asynccontextmanager
 async def _renewed(registry: Registry, operation_id: UUID) -> AsyncIterator[None]:
-    """Holds the engine for as long as the block takes.
-
-    Raises:
-        LeaseLost: it was not held all the time.
-    """
+    """Renews the lease of the operation until the block ends, or it is lost."""
     lost = False
 
     async def renew() -> None:
@@ -168,26 +171,15 @@ async def _renewed(registry: Registry, operation_id: UUID) -> AsyncIterator[None
         yield
     finally:
         renewing.cancel()
-    if lost or not await registry.renew(operation_id):
-        raise LeaseLost("it was not held for as long as the copy took")
 
 
-@asynccontextmanager
-async def _still(backend: Backend, engine_id: UUID) -> AsyncIterator[None]:
-    """Freezes the engine for the block if it runs.
+async def _freeze(backend: Backend, engine_id: UUID) -> None:
+    """Freezes the engine, which may be frozen after an error as well.
 
     Raises:
         BackendError: it goes on running.
     """
-    before = await backend.inspect(engine_id)
-    if before is None or before.state is not InstanceState.RUNNING:
-        yield
-        return
     await backend.freeze(engine_id)
-    try:
-        now = await backend.inspect(engine_id)
-        if now is not None and now.state is InstanceState.RUNNING:
-            raise BackendError("it can't be frozen")
-        yield
-    finally:
-        await backend.thaw(engine_id)
+    now = await backend.inspect(engine_id)
+    if now is not None and now.state is InstanceState.RUNNING:
+        raise BackendError("it can't be frozen")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import aiohttp
 import psycopg
@@ -21,12 +21,15 @@ import pytest
 from docker import APIClient
 from psycopg.conninfo import conninfo_to_dict
 
+from services.provisioner.backends.base import Instance
 from services.provisioner.backends.docker_volumes import DockerVolumes
 from services.provisioner.backends.engine_template import INSTALLATION_LABEL
-from services.provisioner.backup import LEASE_S
+from services.provisioner.backends.process import ProcessBackend
+from services.provisioner.backends.volumes import DirectoryVolumes
+from services.provisioner.backup import LEASE_S, back_up
 from services.provisioner.store.backup import BackupStore
 from services.provisioner.store.migrations import migrate
-from services.shared.errors import ServiceError
+from services.shared.errors import ServiceError, Unavailable
 from services.shared.postgres import Database
 from tests.e2e.test_docker import IMAGE, DockerPlatform, images
 from tests.harness import ROOT, Clients, Platform, eventually, new_database, running_platform
@@ -349,3 +352,35 @@ async def test_a_backup_that_dies_leaves_no_engine_frozen(platform: Platform, co
     assert platform.query("SELECT outcome FROM operations WHERE kind = 'backup'") == [("cancelled",)]
     await user.call("Start")
     assert await turn(await admitted(user)) == 1
+
+
+class Unthawing(ProcessBackend):
+    """Can't be reached once it has frozen an engine."""
+
+    async def thaw(self, engine_id: UUID) -> Instance | None:
+        raise Unavailable("it can't be reached")
+
+
+@pytest.mark.parametrize("platform", ["process"], indirect=True)
+async def test_an_engine_that_could_not_be_thawed_is_thawed_by_a_provisioner(
+    platform: Platform, connect: Connect, tmp_path: Path
+) -> None:
+    provisioner = platform.provisioner()
+    clients = connect(platform, provisioner, platform.admission(provisioner))
+    user = User(clients, await clients.register(), "u1")
+    engine = (await user.admit(auto_provision=True)).engine
+    database = Database(platform.database_url, application_name="test")
+    await database.open()
+    store = BackupStore(database, platform.database_url, node="local", lease_s=LEASE_S)
+    directory = platform.directory / "var" / "engines"
+    backend = Unthawing(platform.installation(), directory)
+    await backend.open()
+    made = await back_up(tmp_path / "copy", store, backend, DirectoryVolumes(directory), kind="process")
+    await backend.close()
+    await database.close()
+    assert made.missing == {UUID(engine.engine_id): "it can't be reached"}
+    (process,) = platform.engine_processes()
+    assert process.status() == "stopped"
+    platform.query("UPDATE operations SET lease_until = clock_timestamp() WHERE kind = 'backup'")
+    await asyncio.to_thread(eventually, lambda: process.status() != "stopped", "the engine goes on")
+    assert await turn(engine) == 1

@@ -106,7 +106,7 @@ class BackupStore:
             cursor = await tx.execute(_OPERATIONS["hold_operation"], {**self._owner, "operation_id": operation_id})
             row = await cursor.fetchone()
             if row is None:
-                raise LeaseLost(operation_id)
+                raise LeaseLost("it was not held for as long as the copy took")
             await finish_operation(tx, operation_id, outcome)
             if row["cancelled_by"] is not None and row["status"] == EngineStatus.DESTROYING:
                 await insert_operation(tx, engine_id, OperationKind.DESTROY, row["cancelled_by"])
