@@ -205,6 +205,16 @@ class Namespace:
 
 
 @contextmanager
+def _disk(directory: Path, megabytes: int) -> Iterator[None]:
+    """Within the block the directory is a disk of that size."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=755", "tmpfs", directory], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", directory], check=True)
+
+
+@contextmanager
 def own_postgres(
     *,
     networked: bool = False,
@@ -220,20 +230,15 @@ def own_postgres(
     """
     if os.geteuid() != 0 and (networked or megabytes is not None):
         missing("only root makes networks and disks")
-    directory = Path(tempfile.mkdtemp(prefix="own-postgres-"))
-    directory.chmod(0o755)
-    namespace = Namespace() if networked else None
-    if megabytes is not None:
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=755", "tmpfs", directory], check=True)
-    try:
-        postgres = OwnPostgres(directory, namespace, environment)
-        try:
-            yield postgres
-        finally:
-            postgres.kill()
-    finally:
-        if megabytes is not None:
-            subprocess.run(["umount", directory], check=True)
-        shutil.rmtree(directory)
+    with ExitStack() as stack:
+        namespace = Namespace() if networked else None
         if namespace is not None:
-            namespace.close()
+            stack.callback(namespace.close)
+        directory = Path(tempfile.mkdtemp(prefix="own-postgres-"))
+        stack.callback(shutil.rmtree, directory)
+        directory.chmod(0o755)
+        if megabytes is not None:
+            stack.enter_context(_disk(directory, megabytes))
+        postgres = OwnPostgres(directory, namespace, environment)
+        stack.callback(postgres.kill)
+        yield postgres
