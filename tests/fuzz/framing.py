@@ -3,6 +3,7 @@
 import asyncio
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from random import Random
 
 import hpack
@@ -153,12 +154,13 @@ async def _send_connections(address: str, connections: Iterator[bytes], tally: T
     for connection in connections:
         try:
             async with asyncio.timeout(DEADLINE_S):
-                reader, writer = await asyncio.open_connection(host, int(port))
-                try:
-                    writer.write(connection)
-                    await reader.read(1)
-                finally:
-                    writer.transport.abort()
+                with suppress(ConnectionError):
+                    reader, writer = await asyncio.open_connection(host, int(port))
+                    try:
+                        writer.write(connection)
+                        await reader.read(1)
+                    finally:
+                        writer.transport.abort()
                 reader, writer = await asyncio.open_connection(host, int(port))
                 try:
                     writer.write(b"GET /nowhere HTTP/1.1\r\nhost: a\r\n\r\n")
@@ -168,5 +170,5 @@ async def _send_connections(address: str, connections: Iterator[bytes], tally: T
             tally.count(None if healthy else "the gateway is not well", connection)
         except TimeoutError:
             tally.count(f"no answer within {DEADLINE_S} s", connection)
-        except ConnectionError:
-            tally.count(None, connection)
+        except ConnectionError as error:
+            tally.count(f"the gateway is not well: {error!r}", connection)
