@@ -12,6 +12,7 @@ import grpc
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health, health_pb2_grpc
 
 from september.admission.v1 import admission_service_pb2 as admission_pb
 from september.engine.v1 import engine_pb2
@@ -118,10 +119,16 @@ def failing(code: str, message: str, retry_after_s: float | None = None) -> Beha
 
 
 @asynccontextmanager
-async def running_services(port: int = 0) -> AsyncIterator[Services]:
-    """Serves on this port of 127.0.0.1, or on a free one."""
+async def running_services(port: int = 0, *, healthy: bool = False) -> AsyncIterator[Services]:
+    """Serves on this port of 127.0.0.1, or on a free one.
+
+    Args:
+        healthy: asked for its health, it says that it is well; otherwise it knows no health.
+    """
     services = Services(grpc.aio.server())
     services.server.add_generic_rpc_handlers((services,))
+    if healthy:
+        health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), services.server)
     services.address = f"127.0.0.1:{services.server.add_insecure_port(f'127.0.0.1:{port}')}"
     await services.server.start()
     try:

@@ -12,7 +12,7 @@ from google.api import annotations_pb2  # type: ignore[import-untyped]
 
 from services.cli.gateway import GatewaySettings, command, render
 from tests.e2e.gateway_calls import CHANGES, METHODS, SERVICES
-from tests.e2e.gateway_process import DEADLINE_S, running_gateway
+from tests.e2e.gateway_process import DEADLINE_S, eventually, running_gateway
 from tests.e2e.gateway_services import running_services
 
 SETTINGS = GatewaySettings("127.0.0.1:8080", "admission:50051", "[::1]:50052", admin_port=9901, boot_timeout_s=12.5)
@@ -103,3 +103,20 @@ async def test_services_that_start_later_are_found(tmp_path: Path) -> None:
         assert (await gateway.rest("GET", "/health")).own_error()[:2] == (503, "UNAVAILABLE")
         async with running_services(port):
             assert (await gateway.rest("GET", "/health")).json() == {"status": "ok"}
+
+
+async def test_calls_go_to_the_one_replica_of_three_that_is_well(tmp_path: Path) -> None:
+    async with running_services(healthy=True) as well, running_services() as ill, running_services() as ending:
+        addresses = ",".join(services.address for services in (well, ill, ending))
+        async with running_gateway(tmp_path, addresses, addresses) as gateway:
+
+            async def known() -> bool:
+                statistics = await gateway.admin_page("/stats?filter=membership_healthy")
+                return statistics.count(b"membership_healthy: 1\n") == 2
+
+            await eventually(known)
+            for path in ("/health", "/products") * 9:
+                assert (await gateway.rest("GET", path)).status == 200
+        assert sum(map(len, well.calls.values())) == 18
+        assert not ill.calls
+        assert not ending.calls
