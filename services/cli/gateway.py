@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.util import find_spec
@@ -14,7 +15,9 @@ from google.api import annotations_pb2  # type: ignore[import-untyped]
 from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from pyvoy._server import get_envoy_environ
 
+from services.admission.settings import AdmissionSettings
 from services.cli.var_directory import VarDirectory
+from services.shared.settings import PREFIX, file_variables, variable
 from services.shared.tls import UNIX, Certificate, Identity
 
 DIRECTORY = Path(__file__).resolve().parents[2] / "deploy" / "envoy"
@@ -128,6 +131,14 @@ def lane_environment() -> dict[str, str] | None:
     """
     environment = get_envoy_environ()
     return environment if ".so" in environment.get("LD_PRELOAD", "") else None
+
+
+def environment(lane: Lane, given: Mapping[str, str]) -> dict[str, str]:
+    """What Envoy gets of this environment: no more settings, and so secrets, than what runs inside of it needs."""
+    inside = {*map(variable, AdmissionSettings.model_fields), *file_variables(AdmissionSettings).values()}
+    needed = inside if lane is Lane.FAST else set()
+    known = {name: value for name, value in given.items() if not name.startswith(PREFIX) or name in needed}
+    return known | (lane_environment() or {}) if lane is Lane.FAST else known
 
 
 def prepare(settings: GatewaySettings, var: VarDirectory) -> tuple[list[str], Path]:

@@ -29,9 +29,7 @@ def run(
 
     Told to end, it first lets its callers go elsewhere. In the fast lane it needs Admission's settings, too.
     """
-    environment = dict(os.environ)
-    if possible(lane, Console()) is Lane.FAST:
-        environment |= gateway.lane_environment() or {}
+    possible(lane, Console())
     given = load(GatewayAloneSettings)
     var = VarDirectory(given.var_dir)
     settings = gateway.GatewaySettings(
@@ -48,7 +46,7 @@ def run(
         directory=var.run,
     )
     command, admin_file = gateway.prepare(settings, var)
-    sys.exit(asyncio.run(_serve(command, environment, admin_file, given.drain_s)))
+    sys.exit(asyncio.run(_serve(command, gateway.environment(lane, os.environ), admin_file, given.drain_s)))
 
 
 async def _serve(command: Sequence[str], environment: Mapping[str, str], admin_file: Path, drain_s: float) -> int:

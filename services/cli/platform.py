@@ -8,7 +8,6 @@ from collections.abc import Awaitable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from services.admission.settings import AdmissionSettings
 from services.cli import database, demo, gateway, health
 from services.cli.addresses import reachable
 from services.cli.drain import DRAIN_S, GRACE_S, drain
@@ -20,7 +19,6 @@ from services.cli.rest import Listener
 from services.cli.settings import UpSettings
 from services.cli.var_directory import VarDirectory
 from services.shared import embedded_postgres
-from services.shared.settings import PREFIX, file_variables, variable
 
 _START_S = 60.0
 # How long a part may take to end. The Provisioner first ends its engines.
@@ -107,12 +105,6 @@ class Platform:
         return url
 
     async def _run_gateway(self, admission_address: str, environment: Mapping[str, str]) -> Part:
-        """Runs Envoy, which gets to know no more secrets than what runs inside of it needs."""
-        inside = {*map(variable, AdmissionSettings.model_fields), *file_variables(AdmissionSettings).values()}
-        needed = inside if self.lane is Lane.FAST else set()
-        known = {name: value for name, value in environment.items() if not name.startswith(PREFIX) or name in needed}
-        if self.lane is Lane.FAST:
-            known |= gateway.lane_environment() or {}
         settings = gateway.GatewaySettings(
             listen=self.settings.gateway_listen,
             admission=admission_address if self.lane is Lane.GRPC else None,
@@ -127,7 +119,7 @@ class Platform:
             directory=self.var.run,
         )
         command, admin_file = gateway.prepare(settings, self.var)
-        part = await self._run("gateway", command, known, GRACE_S)
+        part = await self._run("gateway", command, gateway.environment(self.lane, environment), GRACE_S)
         self.stack.push_async_callback(asyncio.to_thread, drain, admin_file, DRAIN_S)
         return part
 

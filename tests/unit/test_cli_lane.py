@@ -47,3 +47,15 @@ def test_without_libpython_only_the_fast_lane_is_refused(console: Console) -> No
     assert possible(Lane.GRPC, console) is Lane.GRPC
     with pytest.raises(Failure, match="needs libpython"):
         possible(Lane.FAST, console)
+
+
+@pytest.mark.parametrize(
+    ("lane", "passed"),
+    [
+        (Lane.GRPC, {"PATH"}),
+        (Lane.FAST, {"PATH", "ORCH_DATABASE_URL", "ORCH_MASTER_KEY_FILE"}),
+    ],
+)
+def test_the_gateway_gets_the_settings_of_what_is_inside_of_it_and_no_others(lane: Lane, passed: set[str]) -> None:
+    names = {"PATH", "ORCH_DATABASE_URL", "ORCH_MASTER_KEY_FILE", "ORCH_ADMIN_KEY", "ORCH_GATEWAY_LISTEN"}
+    assert gateway.environment(lane, dict.fromkeys(names, "x")).keys() & names == passed
