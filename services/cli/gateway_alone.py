@@ -45,8 +45,10 @@ def run(
         identity=given.identity(),
         directory=var.run,
     )
-    command, admin_file = gateway.prepare(settings, var)
-    sys.exit(asyncio.run(_serve(command, gateway.environment(lane, os.environ), admin_file, given.drain_s)))
+    environment = gateway.environment(lane, os.environ)
+    with var.exclusive():
+        command, admin_file = gateway.prepare(settings, var)
+        sys.exit(asyncio.run(_serve(command, environment, admin_file, given.drain_s)))
 
 
 async def _serve(command: Sequence[str], environment: Mapping[str, str], admin_file: Path, drain_s: float) -> int:

@@ -9,7 +9,7 @@ import stat
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from tests.harness import Platform, Service
 pytestmark = pytest.mark.skipif(
     shutil.which("openssl") is None or shutil.which("curl") is None, reason="no openssl, or no curl"
 )
+
+GATEWAY = [sys.executable, "-m", "services.cli", "gateway"]
 
 
 @pytest.fixture(scope="session")
@@ -72,12 +74,9 @@ class Example:
         return status, json.loads(body)
 
 
-@asynccontextmanager
-async def running_gateway(
-    directory: Path, certificates: Path, admission: str, provisioner: str
-) -> AsyncIterator[Gateway]:
-    """`september gateway` with the example's settings, before services at these addresses."""
-    environment = {
+def gateways_environment(directory: Path, certificates: Path, admission: str, provisioner: str) -> dict[str, str]:
+    """The example's settings of the gateway, before services at these addresses."""
+    return {
         "PATH": os.environ["PATH"],
         **settings_of("gateway", certificates),
         "ORCH_GATEWAY_LISTEN": "127.0.0.1:0",
@@ -87,10 +86,17 @@ async def running_gateway(
         "ORCH_VAR_DIR": str(directory / "gateway"),
         "ORCH_DRAIN_S": "0",
     }
+
+
+@asynccontextmanager
+async def running_gateway(
+    directory: Path, certificates: Path, admission: str, provisioner: str
+) -> AsyncIterator[Gateway]:
+    """`september gateway` with these settings."""
+    environment = gateways_environment(directory, certificates, admission, provisioner)
     run = directory / "gateway" / "run"
     run.mkdir(parents=True)
-    command = [sys.executable, "-m", "services.cli", "gateway"]
-    async with started_gateway(command, environment, run / "gateway.admin") as gateway:
+    async with started_gateway(GATEWAY, environment, run / "gateway.admin") as gateway:
         yield gateway
 
 
@@ -167,6 +173,27 @@ async def test_a_part_that_is_not_the_one_that_is_called_gets_no_call(
         assert (status, answer["error"]["code"]) == ("2 503", "UNAVAILABLE")
     async with channel(provisioner.address, "provisioner", identity(certificates, "admission"), ()) as called:
         assert await code(called) is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_a_second_gateway_in_a_directory_is_refused_and_disturbs_nothing(
+    certificates: Path, tmp_path: Path
+) -> None:
+    async with running_gateway(tmp_path, certificates, "127.0.0.1:1", "127.0.0.1:1") as gateway:
+        run = tmp_path / "gateway" / "run"
+        before = {path.name: path.read_bytes() for path in run.iterdir()}
+        second = await asyncio.create_subprocess_exec(
+            *GATEWAY,
+            env=gateways_environment(tmp_path, certificates, "127.0.0.1:2", "127.0.0.1:2"),
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            _, said = await asyncio.wait_for(second.communicate(), DEADLINE_S)
+        finally:
+            with suppress(ProcessLookupError):
+                second.kill()
+        assert second.returncode == 1
+        assert f"pid {gateway.process.pid}" in said.decode()
+        assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
 
 @pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_1, ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
