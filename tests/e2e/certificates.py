@@ -8,7 +8,7 @@ from services.cli.gateway import DIRECTORY
 EXAMPLE = DIRECTORY / "production"
 
 
-def make_certificates(directory: Path) -> None:
-    """A CA and the certificates of all parts; callers know the gateway as `localhost`."""
+def make_certificates(directory: Path, *more: str) -> None:
+    """A CA and the certificates of all parts; callers know the gateway as `localhost`, and by these names."""
     script = EXAMPLE / "make-certificates"
-    subprocess.run([script, directory, "localhost", "127.0.0.1"], check=True, capture_output=True)
+    subprocess.run([script, directory, "localhost", "127.0.0.1", *more], check=True, capture_output=True)

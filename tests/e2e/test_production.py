@@ -274,6 +274,28 @@ def test_a_certificate_that_ends_within_a_month_is_signed_anew_for_the_same_key(
     assert (tmp_path / "admission.key").read_bytes() == key
 
 
+@pytest.mark.parametrize("name", ["shop.example", "*.shop.example", "10.0.0.1", "2001:db8::1"])
+def test_a_further_name_makes_a_new_certificate_of_the_gateway_alone(tmp_path: Path, name: str) -> None:
+    make_certificates(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    make_certificates(tmp_path, name)
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert {file for file in after if after[file] != before[file]} == {"public.pem"}
+    make_certificates(tmp_path, name)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == after
+
+
+def test_certificates_of_another_ca_are_signed_anew(tmp_path: Path) -> None:
+    make_certificates(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for file in ("ca.pem", "ca.key"):
+        (tmp_path / file).unlink()
+    make_certificates(tmp_path)
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    parts = ("provisioner", "admission", "gateway", "public")
+    assert {file for file in after if after[file] != before[file]} == {"ca.key", *(f"{p}.pem" for p in ("ca", *parts))}
+
+
 async def test_parts_on_one_machine_may_talk_over_sockets(
     platform: Platform, tmp_path: Path, connect: Callable[..., Any]
 ) -> None:
