@@ -66,7 +66,7 @@ class Upstream:
         writer.write(http2.frame(http2.SETTINGS, 0, 0))
         decoder, looks = Decoder(), set()
         async for kind, flags, stream, payload in http2.frames(reader):
-            if kind == http2.HEADERS and HEALTH in (value for _, value in decoder.decode(payload)):
+            if kind == http2.HEADERS and HEALTH in {str(value) for _, value in decoder.decode(payload)}:
                 looks.add(stream)
             if kind in (http2.HEADERS, http2.DATA) and flags & http2.END_STREAM:
                 if stream in looks:
