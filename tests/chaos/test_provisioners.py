@@ -225,7 +225,7 @@ async def test_no_effect_is_doubled_whoever_is_lost_and_comes_back(
         return lives
 
     lives = [asyncio.create_task(live(f"u{n}")) for n in range(4)]
-    for _ in range(extent(2, 40)):
+    for _ in range(extent(2, 15)):
         member = chance.choice(members)
         lost.add(member)
         # The moment is the point here, not a wait for anything.

@@ -115,10 +115,11 @@ async def test_no_request_fails_while_every_part_is_restarted(
         product = await clients.register()
         await clients.close()
         async with mixed_load(gateways, product) as callers:
-            for turn in range(extent(1, 20)):
+            rounds = extent(1, 20)
+            for turn in range(rounds):
                 rolls: list[Awaitable[None]] = [roll(kind[turn % 2]) for kind in kinds]
                 await asyncio.gather(*rolls)
-        score(FIGURE, str(len(callers.failures)), not callers.failures)
+        score(FIGURE, f"{len(callers.failures)} in {rounds * len(kinds)}", not callers.failures)
         assert callers.failures == []
         # All of them were made all the while.
         assert min(callers.calls[what] for what in ("REST admit", "REST provision", "SleepEngine", "WatchEngine")) > 0
