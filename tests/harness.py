@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -82,6 +83,22 @@ class Service:
         self.process.kill()
         self.process.wait()
 
+    def stall(self) -> None:
+        """Stops it with SIGSTOP, at a moment when it holds no lock on an engine's directory.
+
+        Whoever is stopped with one keeps it from all others of the host. Only the process backend has such locks.
+        """
+        eventually(self._stalled, "it holds no lock")
+
+    def _stalled(self) -> bool:
+        self.process.send_signal(signal.SIGSTOP)
+        eventually(lambda: psutil.Process(self.process.pid).status() == psutil.STATUS_STOPPED, "it is stopped")
+        locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+        if not any(kind == "FLOCK" and pid == str(self.process.pid) for _, kind, _, _, pid, *_ in locks):
+            return True
+        self.process.send_signal(signal.SIGCONT)
+        return False
+
     def terminate(self) -> int:
         """Ends it orderly; returns its exit code."""
         if self.process.poll() is None:
@@ -110,6 +127,7 @@ class Platform:
         self.directory = directory
         self.admin_key = secrets.token_urlsafe(24)
         self.services: list[Service] = []
+        self._numbers = count()
         self.environment = {
             "ORCH_DATABASE_URL": database_url,
             "ORCH_MASTER_KEY": Fernet.generate_key().decode(),
@@ -124,7 +142,8 @@ class Platform:
 
     def start(self, name: str, **settings: str) -> Service:
         """Starts a service, with `settings` over the platform's own."""
-        log_file = self.directory / f"{name}-{len(self.services)}.log"
+        # Some are started side by side.
+        log_file = self.directory / f"{name}-{next(self._numbers)}.log"
         service = Service(name, {**self.environment, **settings}, log_file)
         self.services.append(service)
         return service

@@ -67,7 +67,7 @@ class Member:
                 self.service.kill()
                 return self.start
             case "stopped":
-                self.signal(signal.SIGSTOP)
+                await asyncio.to_thread(self.service.stall)
                 return self._cont
             case _:
                 self.wire.part()

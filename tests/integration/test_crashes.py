@@ -76,7 +76,7 @@ async def test_another_provisioner_takes_over_what_a_stopped_one_has_begun(
         lambda: platform.query("SELECT 1 FROM operations HAVING count(DISTINCT owner) = 2"),
         "both work",
     )
-    os.kill(first.process.pid, signal.SIGSTOP)
+    first.stall()
     await asyncio.gather(*boots)
     os.kill(first.process.pid, signal.SIGCONT)
     await settled(platform)
