@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from google.protobuf.descriptor_pb2 import FileDescriptorSet
 from pyvoy._server import get_envoy_environ
 
 from services.admission.settings import AdmissionSettings
+from services.cli.settings import GatewayAloneSettings, UpSettings
 from services.cli.var_directory import VarDirectory
 from services.shared.settings import PREFIX, file_variables, variable
 from services.shared.tls import UNIX, Certificate, Identity
@@ -66,6 +68,23 @@ class GatewaySettings:
     certificate: Certificate | None = None
     identity: Identity | None = None
     directory: Path = Path()
+
+
+def settings_of(given: UpSettings | GatewayAloneSettings, admission: str | None, var: VarDirectory) -> GatewaySettings:
+    """What the environment says of the gateway; see `GatewaySettings` for `admission`."""
+    return GatewaySettings(
+        listen=given.gateway_listen,
+        admission=admission,
+        provisioner=given.provisioner_addr,
+        boot_timeout_s=math.ceil(given.boot_timeout_s),
+        admin_port=given.gateway_metrics_port,
+        collector=given.traces_addr,
+        traces_percent=given.traces_percent,
+        operators_listen=given.gateway_admin_listen,
+        certificate=given.certificate(),
+        identity=given.identity(),
+        directory=var.run,
+    )
 
 
 def render(settings: GatewaySettings) -> str:

@@ -1,7 +1,6 @@
 """`september gateway`: the gateway by itself, for where its services are processes of others."""
 
 import asyncio
-import math
 import os
 import signal
 import sys
@@ -32,19 +31,7 @@ def run(
     possible(lane, Console())
     given = load(GatewayAloneSettings)
     var = VarDirectory(given.var_dir)
-    settings = gateway.GatewaySettings(
-        listen=given.gateway_listen,
-        admission=given.admission_addr if lane is Lane.GRPC else None,
-        provisioner=given.provisioner_addr,
-        boot_timeout_s=math.ceil(given.boot_timeout_s),
-        admin_port=given.gateway_metrics_port,
-        collector=given.traces_addr,
-        traces_percent=given.traces_percent,
-        operators_listen=given.gateway_admin_listen,
-        certificate=given.certificate(),
-        identity=given.identity(),
-        directory=var.run,
-    )
+    settings = gateway.settings_of(given, given.admission_addr if lane is Lane.GRPC else None, var)
     environment = gateway.environment(lane, os.environ)
     with var.exclusive():
         command, admin_file = gateway.prepare(settings, var)

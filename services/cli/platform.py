@@ -1,7 +1,6 @@
 """The whole platform on this machine: what is started, in which order, and how it ends."""
 
 import asyncio
-import math
 import os
 import sys
 from collections.abc import Awaitable, Mapping, Sequence
@@ -105,19 +104,8 @@ class Platform:
         return url
 
     async def _run_gateway(self, admission_address: str, environment: Mapping[str, str]) -> Part:
-        settings = gateway.GatewaySettings(
-            listen=self.settings.gateway_listen,
-            admission=admission_address if self.lane is Lane.GRPC else None,
-            provisioner=self.settings.provisioner_addr,
-            boot_timeout_s=math.ceil(self.settings.boot_timeout_s),
-            admin_port=self.settings.gateway_metrics_port,
-            collector=self.settings.traces_addr,
-            traces_percent=self.settings.traces_percent,
-            operators_listen=self.settings.gateway_admin_listen,
-            certificate=self.settings.certificate(),
-            identity=self.settings.identity(),
-            directory=self.var.run,
-        )
+        admission = admission_address if self.lane is Lane.GRPC else None
+        settings = gateway.settings_of(self.settings, admission, self.var)
         command, admin_file = gateway.prepare(settings, self.var)
         part = await self._run("gateway", command, gateway.environment(self.lane, environment), GRACE_S)
         self.stack.push_async_callback(asyncio.to_thread, drain, admin_file, DRAIN_S)
