@@ -9,19 +9,19 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
-from docker import APIClient
 
 from tests.chaos.load import admit
 from tests.chaos.outage import Callers, during
 from tests.chaos.score_card import Score
-from tests.e2e.own_dockerd import OwnDockerd, own_dockerd
-from tests.e2e.test_docker import IMAGE, DockerPlatform, images
+from tests.e2e.own_dockerd import OwnDockerd
+from tests.e2e.test_docker import DockerPlatform, images
+from tests.e2e.test_docker_restart import dockerd, platform_on
 from tests.harness import Clients, eventually
 from tests.integration.docker_daemon import docker_api
 
 pytestmark = pytest.mark.early
 
-__all__ = ["docker_api", "images"]
+__all__ = ["docker_api", "dockerd", "images"]
 
 Connect = Callable[..., Clients]
 Extent = Callable[[int, int], int]
@@ -33,32 +33,17 @@ WINDOW_S = 1.5
 
 
 @pytest.fixture
-def dockerd(docker_api: APIClient, images: None) -> Iterator[OwnDockerd]:
-    with own_dockerd() as dockerd:
-        dockerd.load(IMAGE)
-        yield dockerd
-
-
-@pytest.fixture
 def platform(database_url: str, tmp_path: Path, dockerd: OwnDockerd) -> Iterator[DockerPlatform]:
-    platform = DockerPlatform(
+    with platform_on(
+        dockerd,
         database_url,
         tmp_path,
-        DOCKER_HOST=dockerd.address,
-        ORCH_ENGINE_BACKEND="docker",
-        ORCH_ENGINE_IMAGE=IMAGE,
-        ORCH_ENGINE_NETWORK=dockerd.network,
         ORCH_PORT_MIN="28000",
         ORCH_PORT_MAX="28999",
         # Nothing looks after engines meanwhile: only the answers to calls are watched.
         ORCH_HEALTH_CHECK_INTERVAL_S="3600",
-    )
-    platform.api = dockerd.client()
-    try:
+    ) as platform:
         yield platform
-    finally:
-        platform.close()
-        platform.api.close()
 
 
 @contextmanager

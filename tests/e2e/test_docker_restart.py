@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,20 +36,17 @@ def dockerd(docker_api: APIClient, images: None) -> Iterator[OwnDockerd]:
         yield dockerd
 
 
-@pytest.fixture
-def platform(database_url: str, tmp_path: Path, dockerd: OwnDockerd) -> Iterator[DockerPlatform]:
+@contextmanager
+def platform_on(dockerd: OwnDockerd, database_url: str, directory: Path, **settings: str) -> Iterator[DockerPlatform]:
+    """An installation whose engines are this daemon's containers."""
     platform = DockerPlatform(
         database_url,
-        tmp_path,
+        directory,
         DOCKER_HOST=dockerd.address,
         ORCH_ENGINE_BACKEND="docker",
         ORCH_ENGINE_IMAGE=IMAGE,
         ORCH_ENGINE_NETWORK=dockerd.network,
-        ORCH_PORT_MIN="27000",
-        ORCH_PORT_MAX="27999",
-        ORCH_HEALTH_CHECK_INTERVAL_S="1",
-        ORCH_RESTART_BACKOFF_BASE_S="0.1",
-        ORCH_RECONCILE_INTERVAL_S=str(INTERVAL_S),
+        **settings,
     )
     platform.api = dockerd.client()
     try:
@@ -56,6 +54,21 @@ def platform(database_url: str, tmp_path: Path, dockerd: OwnDockerd) -> Iterator
     finally:
         platform.close()
         platform.api.close()
+
+
+@pytest.fixture
+def platform(database_url: str, tmp_path: Path, dockerd: OwnDockerd) -> Iterator[DockerPlatform]:
+    with platform_on(
+        dockerd,
+        database_url,
+        tmp_path,
+        ORCH_PORT_MIN="27000",
+        ORCH_PORT_MAX="27999",
+        ORCH_HEALTH_CHECK_INTERVAL_S="1",
+        ORCH_RESTART_BACKOFF_BASE_S="0.1",
+        ORCH_RECONCILE_INTERVAL_S=str(INTERVAL_S),
+    ) as platform:
+        yield platform
 
 
 @dataclass
