@@ -5,15 +5,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from uuid import UUID
 
 import structlog
 from docker import APIClient
 from docker.errors import APIError, NotFound
-from docker.utils import kwargs_from_env
 
 from services.provisioner.backends.base import EngineSpec, Instance, InstanceState, PortTaken, Usage
+from services.provisioner.backends.docker_client import connected
 from services.provisioner.backends.docker_errors import (
     is_conflict,
     is_network_gone,
@@ -142,12 +142,7 @@ class DockerBackend:
         return self._client
 
     def _open(self) -> None:
-        environment = kwargs_from_env()
-        self._client = APIClient(
-            self._base_url or environment.get("base_url"),
-            timeout=self._timeout_s,  # type: ignore[arg-type]  # of each read and write on the socket
-            tls=environment.get("tls", False),
-        )
+        self._client = connected(self._timeout_s, self._base_url)
         EngineNetwork(self._network, self._installation, self._timeout_s).open(self._api)
 
     def _create(self, spec: EngineSpec) -> None:
@@ -162,12 +157,13 @@ class DockerBackend:
     def _make_container(self, spec: EngineSpec) -> bool:
         """False if another call got ahead with the name: look again."""
         options = self._template.options(self._api, spec)
-        found = self._look(spec.engine_id)
-        if found is not None:
+        shown = self._show(spec.engine_id)
+        if shown is not None:
+            found = self._container(shown)
             if found.instance is None:
                 raise BackendError("the engine's name belongs to another installation")
             if found.instance.generation == spec.generation:
-                differing = deviations(self._api.inspect_container(found.id), options)
+                differing = deviations(shown, options)
                 if not differing:
                     return True
                 log.warning("engine_made_anew", engine_id=str(spec.engine_id), differing=differing)
@@ -297,12 +293,20 @@ class DockerBackend:
             time.sleep(_PAUSE_S)
 
     def _look(self, engine_id: UUID) -> _Container | None:
+        shown = self._show(engine_id)
+        return None if shown is None else self._container(shown)
+
+    def _show(self, engine_id: UUID) -> dict[str, Any] | None:
+        """All that Docker says of what has the name of the engine's container."""
         try:
-            found = self._api.inspect_container(container_name(engine_id))
+            shown: dict[str, Any] = self._api.inspect_container(container_name(engine_id))
         except NotFound:
             return None
-        instance = self._template.instance(found["Config"]["Labels"], found["State"]["Status"])
-        return _Container(found["Id"], found["Image"], instance)
+        return shown
+
+    def _container(self, shown: dict[str, Any]) -> _Container:
+        instance = self._template.instance(shown["Config"]["Labels"], shown["State"]["Status"])
+        return _Container(shown["Id"], shown["Image"], instance)
 
     def _volume_owner(self, engine_id: UUID) -> str | None:
         """Installation of the engine's volume, empty if it has no label; None if there is no volume."""

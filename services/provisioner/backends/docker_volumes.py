@@ -10,8 +10,8 @@ from uuid import UUID, uuid4
 from docker import APIClient
 from docker.errors import APIError, NotFound
 from docker.types import Mount
-from docker.utils import kwargs_from_env
 
+from services.provisioner.backends.docker_client import connected
 from services.provisioner.backends.docker_errors import translated
 from services.provisioner.backends.engine_template import INSTALLATION_LABEL, copier_name, volume_labels, volume_name
 from services.shared.errors import BackendError, Unavailable
@@ -34,13 +34,8 @@ class DockerVolumes:
         self._client: APIClient | None = None
 
     def open(self) -> None:
-        environment = kwargs_from_env()
         with translated():
-            self._client = APIClient(
-                environment.get("base_url"),
-                timeout=self._timeout_s,  # type: ignore[arg-type]  # of each read and write on the socket
-                tls=environment.get("tls", False),
-            )
+            self._client = connected(self._timeout_s)
             nothing = io.BytesIO()
             tarfile.open(fileobj=nothing, mode="w").close()
             self._client.import_image_from_data(nothing.getvalue(), repository=_REPOSITORY, tag=self._tag)
