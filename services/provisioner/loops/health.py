@@ -19,7 +19,7 @@ import structlog
 
 from services.provisioner.backends.base import Backend, InstanceState
 from services.provisioner.domain.health import Patient, prober_is_ill
-from services.provisioner.domain.operation import LeaseLost
+from services.provisioner.loops.skipping import skipping
 from services.provisioner.metrics import FAILURES, PROBER_ILL, PROBES
 from services.provisioner.ports import EngineClient
 from services.shared.errors import ServiceError
@@ -117,13 +117,8 @@ class Health:
         return False
 
     async def _mark_ill(self, patient: Patient, reason: str, *, ended: bool) -> None:
-        try:
+        with skipping(patient.engine_id):
             failed = await self._records.mark_ill(patient, reason, ended=ended)
             reached("health.marked")
-        except LeaseLost:
-            raise
-        except Exception:
-            log.exception("engine_skipped", engine_id=str(patient.engine_id))
-        else:
             FAILURES.inc(failed)
             log.warning("engine_ill", engine_id=str(patient.engine_id), reason=reason, failed=failed)

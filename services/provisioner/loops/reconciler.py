@@ -20,8 +20,9 @@ import structlog
 from services.provisioner.backends.base import Backend, InstanceState
 from services.provisioner.domain.engine import EngineStatus
 from services.provisioner.domain.intent import Pending
-from services.provisioner.domain.operation import LeaseLost, OperationKind
+from services.provisioner.domain.operation import OperationKind
 from services.provisioner.domain.registered import Registered
+from services.provisioner.loops.skipping import skipping
 from services.provisioner.metrics import BRAKE, REPAIRS, STRAYS, STRAYS_REMOVED
 from services.shared.errors import ServiceError
 from services.shared.failpoints import reached
@@ -140,18 +141,13 @@ class Reconciler:
                 continue
             REPAIRS.inc()
             log.warning("engine_unlike_its_row", engine_id=str(row.engine_id), status=row.status, reason=repair.reason)
-            try:
+            with skipping(row.engine_id):
                 if isinstance(repair.change, OperationKind):
                     await self._intents.begin(
                         row.engine_id, repair.change, EngineStatus(row.status), reason=repair.reason
                     )
                 else:
                     await self._rows.set_deep_asleep(row.engine_id, repair.change)
-            except LeaseLost:
-                raise
-            except Exception:
-                log.exception("engine_skipped", engine_id=str(row.engine_id))
-            else:
                 reached("reconcile.begun")
 
     async def _remove(self, strays: Set[UUID], *, among: int) -> None:
@@ -167,17 +163,12 @@ class Reconciler:
             log.error("reconcile_brake", strays=len(doomed), instances=among)
             return
         for engine_id in doomed:
-            try:
+            with skipping(engine_id, "stray_skipped"):
                 # As late as can be: is it unknown still, and the pass still ours to make?
                 still = await self._rows.unknown([engine_id])
                 if engine_id not in still:
                     continue
                 await self._backend.remove(engine_id, volume=still[engine_id])
                 reached("reconcile.removed")
-            except LeaseLost:
-                raise
-            except Exception:
-                log.exception("stray_skipped", engine_id=str(engine_id))
-            else:
                 STRAYS_REMOVED.inc()
                 log.warning("stray_removed", engine_id=str(engine_id), volume=still[engine_id])

@@ -14,6 +14,7 @@ from services.provisioner.backends.base import Backend
 from services.provisioner.domain.engine import EngineStatus
 from services.provisioner.domain.intent import Pending
 from services.provisioner.domain.operation import OperationKind
+from services.provisioner.loops.skipping import skipping
 from services.shared.errors import ServiceError, Unavailable
 from services.shared.failpoints import reached
 
@@ -57,14 +58,13 @@ class Restarter:
         """Begins the restarts that are due."""
         postponed = 0
         for engine_id in await self._due.due_restarts(_BATCH):
-            try:
-                # Restarts are counted: none is spent on a backend that does not answer.
-                await self._backend.inspect(engine_id)
-                await self._intents.begin(engine_id, OperationKind.RESTART, EngineStatus.FAILED)
-                reached("restarter.begun")
-            except ServiceError:
-                postponed += 1
-            except Exception:
-                log.exception("engine_skipped", engine_id=str(engine_id))
+            with skipping(engine_id):
+                try:
+                    # Restarts are counted: none is spent on a backend that does not answer.
+                    await self._backend.inspect(engine_id)
+                    await self._intents.begin(engine_id, OperationKind.RESTART, EngineStatus.FAILED)
+                    reached("restarter.begun")
+                except ServiceError:
+                    postponed += 1
         if postponed:
             log.warning("restarts_postponed", engines=postponed)

@@ -8,7 +8,8 @@ have not moved from one look to the next.
 """
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 from uuid import UUID
 
@@ -17,7 +18,8 @@ import structlog
 from services.provisioner.backends.base import Backend, Usage
 from services.provisioner.domain.engine import Engine, EngineStatus
 from services.provisioner.domain.intent import Pending
-from services.provisioner.domain.operation import LeaseLost, OperationKind
+from services.provisioner.domain.operation import OperationKind
+from services.provisioner.loops.skipping import skipping
 from services.provisioner.ports import EngineClient
 from services.provisioner.sleep import work_between
 from services.shared.errors import ServiceError
@@ -82,25 +84,13 @@ class Sleeper:
         """One look at all candidates."""
         seen: dict[UUID, Usage] = {}
         for engine in await self._candidates.idle_engines(_BATCH):
-            await self._unless_it_fails(engine, self._consider(engine, seen))
+            with _unless_it_fails(engine):
+                await self._consider(engine, seen)
         self._before = seen
         for engine in await self._candidates.light_sleepers(self._deep_sleep_after_s, _BATCH):
-            await self._unless_it_fails(engine, self._deepen(engine))
-
-    async def _unless_it_fails(self, engine: Engine, looks: Awaitable[None]) -> None:
-        """One engine that can't be looked at is no reason to keep the others awake."""
-        try:
-            await looks
-        except LeaseLost:
-            raise
-        except ServiceError as error:
-            log.warning("sleeper_skipped", engine_id=str(engine.engine_id), reason=error.message)
-        except Exception:
-            log.exception("engine_skipped", engine_id=str(engine.engine_id))
-
-    async def _deepen(self, engine: Engine) -> None:
-        await self._intents.begin(engine.engine_id, OperationKind.DEEP_SLEEP, EngineStatus.SLEEPING)
-        reached("sleeper.begun")
+            with _unless_it_fails(engine):
+                await self._intents.begin(engine.engine_id, OperationKind.DEEP_SLEEP, EngineStatus.SLEEPING)
+                reached("sleeper.begun")
 
     async def _consider(self, engine: Engine, seen: dict[UUID, Usage]) -> None:
         now = await self._backend.usage(engine.engine_id)
@@ -121,3 +111,13 @@ class Sleeper:
                 EngineStatus.RUNNING,
                 reason="idle for as long as its policy says",
             )
+
+
+@contextmanager
+def _unless_it_fails(engine: Engine) -> Iterator[None]:
+    """One engine that can't be looked at is no reason to keep the others awake."""
+    with skipping(engine.engine_id):
+        try:
+            yield
+        except ServiceError as error:
+            log.warning("sleeper_skipped", engine_id=str(engine.engine_id), reason=error.message)
