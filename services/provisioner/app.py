@@ -233,7 +233,8 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
                     warm_pool=filling.lead(warm_pool.run),
                     reconciler=reconciling.lead(reconciler_of(reconciling).run),
                     housekeeping=keeping.lead(housekeeping.run),
-                    gauges=gauges.run(),
+                    # Read for nobody but Prometheus.
+                    **({} if settings.provisioner_metrics_listen is None else {"gauges": gauges.run()}),
                 )
             )
         )
