@@ -3,7 +3,7 @@
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.admission.domain import DenialReason
-from services.shared.metrics import Tally
+from services.shared.metrics import Tally, foresee
 
 ADMITTED = "admitted"
 
@@ -35,9 +35,6 @@ PROVISIONER_CALLS = Histogram(
     ["result"],
     buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
 )
-for result in ("answered", "failed"):
-    EXCHANGES.labels(result)
-for result in ("written", "failed"):
-    FLUSHES.labels(result)
-for result in ("answered", "refused", "unreachable"):
-    PROVISIONER_CALLS.labels(result)
+foresee(EXCHANGES, ("answered", "failed"))
+foresee(FLUSHES, ("written", "failed"))
+foresee(PROVISIONER_CALLS, ("answered", "refused", "unreachable"))

@@ -6,6 +6,7 @@ from prometheus_client import Counter, Gauge, Histogram
 
 from services.provisioner.domain.engine import EngineStatus
 from services.provisioner.domain.operation import OperationKind, Outcome, Queue
+from services.shared.metrics import foresee
 
 POSTPONED, QUARANTINED, LEASE_LOST = "postponed", "quarantined", "lease_lost"
 _BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -61,15 +62,9 @@ REPLAYS = Counter("september_idempotency_replays", "Calls that got the answer of
 
 for _kind, _result in product(OperationKind, (*Outcome, POSTPONED, QUARANTINED, LEASE_LOST)):
     OPERATIONS.labels(_kind, _result)
-for _kind in OperationKind:
-    OPERATION_SECONDS.labels(_kind)
-for _queue in Queue:
-    OPEN.labels(_queue)
-for _status in EngineStatus:
-    ENGINES.labels(_status)
-for _state in ("ready", "booting"):
-    POOL_MEMBERS.labels(_state)
-for _result in ("hit", "miss"):
-    POOL_CLAIMS.labels(_result)
-for _result in ("well", "ill", "unknown"):
-    PROBES.labels(_result)
+foresee(OPERATION_SECONDS, OperationKind)
+foresee(OPEN, Queue)
+foresee(ENGINES, EngineStatus)
+foresee(POOL_MEMBERS, ("ready", "booting"))
+foresee(POOL_CLAIMS, ("hit", "miss"))
+foresee(PROBES, ("well", "ill", "unknown"))

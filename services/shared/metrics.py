@@ -6,7 +6,7 @@ than were foreseen.
 """
 
 from collections import Counter as Counts
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from importlib.metadata import version
 
 from prometheus_client import REGISTRY, Counter, Gauge, Histogram, disable_created_metrics
@@ -40,6 +40,12 @@ class Tally(Collector):
         for value, count in self.counts.copy().items():
             family.add_metric([value], count)
         yield family
+
+
+def foresee(instrument: Counter | Gauge | Histogram, values: Iterable[str]) -> None:
+    """Makes the series of these values of its label beforehand: then their first increase is seen, too."""
+    for value in values:
+        instrument.labels(value)
 
 
 class Pool(Collector):
