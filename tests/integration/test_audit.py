@@ -1,7 +1,7 @@
 """The registry's own house: an audit log that is only added to, its months, its denials; counts; leases of loops."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from importlib.resources import files
 from typing import Any
 from uuid import UUID, uuid4
@@ -22,15 +22,6 @@ from services.shared.postgres import Database
 from tests.harness import Platform, eventually
 
 Query = Callable[..., list[tuple[Any, ...]]]
-
-
-@pytest.fixture
-async def database(database_url: str) -> AsyncIterator[Database]:
-    await migrate(database_url)
-    database = Database(database_url, application_name="test", max_size=16)
-    await database.open()
-    yield database
-    await database.close()
 
 
 @pytest.fixture

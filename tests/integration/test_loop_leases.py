@@ -1,7 +1,7 @@
 """Loops that one process runs at a time: who leads, and what a process that stalled past its lease can still do."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 from uuid import uuid4
@@ -10,21 +10,11 @@ import pytest
 
 from services.provisioner.domain.operation import LeaseLost
 from services.provisioner.store.loop_leases import LoopLease
-from services.provisioner.store.migrations import migrate
 from services.shared.loops import LoopEnded
 from services.shared.postgres import Database
 from tests.harness import eventually
 
 LONG_S = 60.0
-
-
-@pytest.fixture
-async def database(database_url: str) -> AsyncIterator[Database]:
-    await migrate(database_url)
-    database = Database(database_url, application_name="test", max_size=20)
-    await database.open()
-    yield database
-    await database.close()
 
 
 class Contest:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from uuid import UUID, uuid4
 
@@ -13,7 +13,6 @@ import pytest
 from september.provisioner.v1 import provisioner_service_pb2 as pb
 from services.provisioner.domain.operation import Outcome, Queue
 from services.provisioner.domain.restarts import RestartPolicy
-from services.provisioner.store.migrations import migrate
 from services.provisioner.store.operations import OperationStore
 from services.provisioner.store.ports import PortAllocator
 from services.shared.postgres import Database
@@ -22,15 +21,6 @@ from tests.harness import Clients, Platform, Product, Service, eventually, reaso
 Shared = tuple[Platform, list[Service]]
 Connect = Callable[..., Clients]
 NextProduct = Callable[[OperationStore], Awaitable[UUID | None]]
-
-
-@pytest.fixture
-async def database(database_url: str) -> AsyncIterator[Database]:
-    await migrate(database_url)
-    database = Database(database_url, application_name="test")
-    await database.open()
-    yield database
-    await database.close()
 
 
 def queue(database_url: str, count: int, product_id: UUID | None = None, queue: Queue = Queue.BOOT) -> None:
