@@ -132,7 +132,7 @@ class Callers:
 
 @asynccontextmanager
 async def mixed_load(gateways: Sequence[str], product: Product) -> AsyncIterator[Callers]:
-    """Calls of every kind within the block; at its end those under way are waited for."""
+    """Calls of every kind within the block; those under way at its end are given up, and say nothing."""
     async with aiohttp.ClientSession() as session:
         callers = Callers(gateways, product, session)
         for user_id in ("awake", "tired"):
