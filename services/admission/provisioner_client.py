@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from contextlib import suppress
 from datetime import UTC
 from uuid import UUID
 
@@ -20,6 +21,9 @@ from services.shared.tracing import onward
 
 # After its timeout a failed boot is undone before it is answered.
 _MARGIN_S = 20.0
+# While one has just come back and another says that it goes, none is connected for a moment.
+_CHANGEOVER_S = 1.0
+_POLL_S = 0.02
 _OPTIONS = (
     # The Provisioner is near; `http_proxy` is for what is far.
     ("grpc.enable_http_proxy", 0),
@@ -27,8 +31,8 @@ _OPTIONS = (
     ("grpc.keepalive_timeout_ms", 5_000),
     # Of every ping: the keepalive waits for those that measure the connection, which have a minute otherwise.
     ("grpc.http2.ping_timeout_ms", 5_000),
-    # A restarted Provisioner is found again within a second.
-    ("grpc.max_reconnect_backoff_ms", 1_000),
+    # A restarted Provisioner is found again well within the changeover.
+    ("grpc.max_reconnect_backoff_ms", 300),
     ("grpc.initial_reconnect_backoff_ms", 100),
     # All that serve, in turn: one that is about to end says so by its health.
     (
@@ -98,7 +102,16 @@ class ProvisionerClient:
             if error.code() is not grpc.StatusCode.UNAVAILABLE or answered_error(error) is not None:
                 raise
         # Its Provisioner has gone away meanwhile. Another finds what it has begun, and joins it.
+        await self._connected()
         return await self._stub.EnsureEngine(request, timeout=self._patience_s, metadata=metadata)
+
+    async def _connected(self) -> None:
+        """Returns when some Provisioner is, or has not been for too long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CHANGEOVER_S):
+                # To wait for a change would hold on to something for each call until the state changes.
+                while self._channel.get_state() is not grpc.ChannelConnectivity.READY:
+                    await asyncio.sleep(_POLL_S)
 
     def _forget(self, call: asyncio.Task[EnsureEngineResponse]) -> None:
         self._calls.discard(call)
