@@ -110,7 +110,7 @@ class ProvisionerClient:
         with suppress(TimeoutError):
             async with asyncio.timeout(_CHANGEOVER_S):
                 # To wait for a change would hold on to something for each call until the state changes.
-                while self._channel.get_state() is not grpc.ChannelConnectivity.READY:
+                while self._channel.get_state() is not grpc.ChannelConnectivity.READY:  # noqa: ASYNC110
                     await asyncio.sleep(_POLL_S)
 
     def _forget(self, call: asyncio.Task[EnsureEngineResponse]) -> None:

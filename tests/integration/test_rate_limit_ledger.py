@@ -13,7 +13,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from psycopg.rows import dict_row
+from psycopg.rows import dict_row, scalar_row
 
 from services.admission.ratelimit_ledger import Claim
 from services.provisioner.store.migrations import migrate
@@ -238,6 +238,28 @@ async def test_a_statement_that_comes_after_a_later_one_does_not_set_the_clock(
     assert connection.execute(SQL["claim_shares"], late).fetchall() == []
     row = connection.execute("SELECT ahead, step FROM rate_clock").fetchone()
     assert row == {"ahead": timedelta(0), "step": 0}
+
+
+async def test_who_has_waited_for_a_lock_is_dated_by_its_end(
+    connection: psycopg.Connection[dict[str, Any]], product_id: UUID, database_url: str
+) -> None:
+    connection.execute("RESET search_path")
+    replica = Replica(connection, product_id)
+    with (
+        psycopg.connect(database_url) as holder,
+        psycopg.connect(database_url, autocommit=True, row_factory=scalar_row) as watching,
+        ThreadPoolExecutor() as threads,
+    ):
+        holder.execute("SELECT FROM rate_limiters FOR UPDATE")
+        claimed = threads.submit(replica.claims, 1)
+        waiting = f"SELECT clock_timestamp() FROM pg_locks WHERE NOT granted AND pid = {connection.info.backend_pid}"
+        since = eventually(lambda: watching.execute(waiting.encode()).fetchone(), "it waits")
+        later = "SELECT clock_timestamp() WHERE clock_timestamp() > %s + interval '1 second'"
+        released = eventually(lambda: watching.execute(later, [since]).fetchone(), "a second passes")
+        holder.rollback()
+        claimed.result(DEADLINE_S)
+        assert watching.execute("SELECT heard_at FROM rate_shares").fetchone() > released
+    assert replica.told["at"] > released
 
 
 async def test_all_that_the_share_of_a_dead_one_allowed_counts_if_the_clock_was_set_meanwhile(
