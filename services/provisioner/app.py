@@ -20,6 +20,7 @@ from services.provisioner.execution import Executor
 from services.provisioner.fleet import Fleet
 from services.provisioner.key_rotation import KeyRotation
 from services.provisioner.lifecycle import Lifecycle
+from services.provisioner.loops.disk import Disk
 from services.provisioner.loops.gauges import Gauges
 from services.provisioner.loops.health import Health
 from services.provisioner.loops.housekeeping import Housekeeping
@@ -29,7 +30,7 @@ from services.provisioner.loops.reconciler import Reconciler
 from services.provisioner.loops.restarter import Restarter
 from services.provisioner.loops.sleeper import Sleeper
 from services.provisioner.loops.warm_pool import WarmPool
-from services.provisioner.metrics import POOL_SIZE
+from services.provisioner.metrics import DISK_FREE_MIN, POOL_SIZE
 from services.provisioner.products import Products
 from services.provisioner.servicers.authorization import AuthorizationInterceptor
 from services.provisioner.servicers.fleet import FleetServicer
@@ -103,6 +104,10 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         await engines.open()
         stack.push_async_callback(engines.close)
 
+        disk = Disk(backend, min_free_bytes=settings.disk_free_min_mib << 20)
+        await disk.tick()
+        DISK_FREE_MIN.set(settings.disk_free_min_mib << 20)
+
         port_range = range(settings.port_min, settings.port_max + 1)
         ports = PortAllocator(settings.node, port_range)
         url_of = _network_url if settings.engine_url_mode is UrlMode.NETWORK else _host_url
@@ -122,7 +127,14 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
         )
 
         def intents_of(registry: Connections) -> IntentStore:
-            return IntentStore(registry, node=settings.node, platform_image=settings.image, ports=ports, url_of=url_of)
+            return IntentStore(
+                registry,
+                node=settings.node,
+                platform_image=settings.image,
+                ports=ports,
+                url_of=url_of,
+                check_disk=disk.check,
+            )
 
         def records_of(registry: Connections) -> HealthStore:
             return HealthStore(
@@ -230,6 +242,7 @@ async def serve(settings: ProvisionerSettings) -> AsyncIterator[int]:
                     sleeper=sleeping.lead(sleeper.run),
                     health=probing.lead(health.run),
                     restarter=restarter.run(),
+                    disk=disk.run(),
                     warm_pool=filling.lead(warm_pool.run),
                     reconciler=reconciling.lead(reconciler_of(reconciling).run),
                     housekeeping=keeping.lead(housekeeping.run),

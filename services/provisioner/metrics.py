@@ -45,6 +45,11 @@ POOL_CLAIMS = Counter(
     ["result"],
 )
 PORTS = Gauge("september_ports", "Ports of this node, by `state`: `leased`, `set_aside` or `free`.", ["state"])
+DISK_FREE = Gauge(
+    "september_disk_free_bytes",
+    "Room that is left for engines' data, in bytes; not a number if this host doesn't see where Docker keeps it.",
+)
+DISK_FREE_MIN = Gauge("september_disk_free_min_bytes", "Room below which no engine is begun, in bytes.")
 LEASE_TERM = Gauge(
     "september_loop_lease_term", "Term of each `loop`'s lease, as far as this process leads it; 0 otherwise.", ["loop"]
 )

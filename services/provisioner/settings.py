@@ -68,6 +68,12 @@ class ProvisionerSettings(BackendSettings, CommonSettings):
     )
     port_min: int = Field(9001, ge=1024, le=65535, description="Lowest port that an engine may get.")
     port_max: int = Field(9999, ge=1024, le=65535, description="Highest port that an engine may get.")
+    disk_free_min_mib: int = Field(
+        1024,
+        ge=0,
+        description="Room, in MiB, that has to be left for engines' data where this host sees it: below that no new"
+        " engine is begun.",
+    )
     boot_concurrency: int = Field(8, ge=1, le=256, description="Most engines that one Provisioner boots at once.")
     warm_pool_size: int = Field(
         0,

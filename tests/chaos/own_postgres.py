@@ -15,6 +15,7 @@ from types import MappingProxyType
 import psutil
 import psycopg
 
+from tests.disk import disk, filled
 from tests.harness import eventually, new_database
 from tests.integration.docker_daemon import missing
 
@@ -113,14 +114,10 @@ class OwnPostgres:
     @contextmanager
     def full(self) -> Iterator[None]:
         """Within the block there is no room on its disk, neither for data nor for the next piece of its log."""
-        filler = self.data / "filler"
-        with filler.open("wb") as file, suppress(OSError):
-            while True:
-                os.posix_fallocate(file.fileno(), file.seek(0, os.SEEK_END), 4096)
-        with suppress(psycopg.OperationalError), self.connect() as connection:
-            connection.execute("SELECT pg_switch_wal()")
-        yield
-        filler.unlink()
+        with filled(self.data):
+            with suppress(psycopg.OperationalError), self.connect() as connection:
+                connection.execute("SELECT pg_switch_wal()")
+            yield
         with suppress(subprocess.TimeoutExpired):
             # It ends if it can't even recover.
             self.process.wait(1)
@@ -205,16 +202,6 @@ class Namespace:
 
 
 @contextmanager
-def _disk(directory: Path, megabytes: int) -> Iterator[None]:
-    """Within the block the directory is a disk of that size."""
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=755", "tmpfs", directory], check=True)
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", directory], check=True)
-
-
-@contextmanager
 def own_postgres(
     *,
     networked: bool = False,
@@ -228,8 +215,8 @@ def own_postgres(
         megabytes: room on its disk.
         environment: of its processes.
     """
-    if os.geteuid() != 0 and (networked or megabytes is not None):
-        missing("only root makes networks and disks")
+    if os.geteuid() != 0 and networked:
+        missing("only root makes networks")
     with ExitStack() as stack:
         namespace = Namespace() if networked else None
         if namespace is not None:
@@ -238,7 +225,7 @@ def own_postgres(
         stack.callback(shutil.rmtree, directory)
         directory.chmod(0o755)
         if megabytes is not None:
-            stack.enter_context(_disk(directory, megabytes))
+            stack.enter_context(disk(directory, megabytes))
         postgres = OwnPostgres(directory, namespace, environment)
         stack.callback(postgres.kill)
         yield postgres

@@ -5,13 +5,14 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import psutil
 from docker import APIClient
 from docker.types import IPAMConfig, IPAMPool
 
+from tests.disk import disk
 from tests.harness import eventually
 
 
@@ -25,6 +26,7 @@ class OwnDockerd:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        self.data = directory / "data"
         self.address = f"unix://{directory}/socket"
         self.network = f"own-{secrets.token_hex(4)}"
         # Told to have no bridge, or where to take addresses from, a daemon removes the machine's bridge.
@@ -49,7 +51,7 @@ class OwnDockerd:
     def start(self) -> None:
         """Starts it; returns once it answers."""
         options = {
-            "data-root": self.directory / "data",
+            "data-root": self.data,
             "exec-root": self.directory / "exec",
             "pidfile": self.directory / "pid",
             "host": self.address,
@@ -113,19 +115,28 @@ class OwnDockerd:
             self.process.terminate()
             self.process.wait(60)
             mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
-            for mount in reversed([mount for mount in mounts if mount.startswith(f"{self.directory}/")]):
+            for mount in reversed(
+                [mount for mount in mounts if mount.startswith((f"{self.data}/", f"{self.directory}/exec/"))]
+            ):
                 subprocess.run(["umount", "--lazy", mount], check=True)
             for bridge in self.bridges:
                 subprocess.run(["ip", "link", "delete", bridge], check=False, capture_output=True)
 
 
 @contextmanager
-def own_dockerd() -> Iterator[OwnDockerd]:
-    directory = Path(tempfile.mkdtemp(prefix="own-dockerd-"))
-    dockerd = OwnDockerd(directory)
-    dockerd.open()
-    try:
+def own_dockerd(*, megabytes: int | None = None) -> Iterator[OwnDockerd]:
+    """Runs one within the block.
+
+    Args:
+        megabytes: room on its disk.
+    """
+    with ExitStack() as stack:
+        directory = Path(tempfile.mkdtemp(prefix="own-dockerd-"))
+        stack.callback(shutil.rmtree, directory)
+        dockerd = OwnDockerd(directory)
+        if megabytes is not None:
+            dockerd.data.mkdir()
+            stack.enter_context(disk(dockerd.data, megabytes))
+        dockerd.open()
+        stack.callback(dockerd.close)
         yield dockerd
-    finally:
-        dockerd.close()
-        shutil.rmtree(directory)

@@ -125,6 +125,7 @@ async def scene(platform: Platform, connect: Connect) -> AsyncIterator[Scene]:
         platform_image="services.engine",
         ports=PortAllocator("local", range(0)),
         url_of=lambda engine_id, port: "",
+        check_disk=lambda: None,
     )
 
     reconciler = Reconciler(ReconcileStore(database, node="local"), intents, backend, interval_s=3600)

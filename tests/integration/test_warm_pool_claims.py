@@ -35,6 +35,7 @@ class Pool:
             platform_image=IMAGE,
             ports=PortAllocator("local", range(20000, 20100)),
             url_of=lambda engine_id, port: f"http://127.0.0.1:{port}",
+            check_disk=lambda: None,
         )
         self.intents = intents
         self.store = WarmPoolStore(database, intents, node="local")

@@ -116,5 +116,8 @@ class Backend(Protocol):
     async def remove(self, engine_id: UUID, *, volume: bool) -> None:
         """Removes the instance, by force, and its volume if asked; nothing there is fine."""
 
+    async def free_bytes(self) -> int | None:
+        """Room that is left for engines' data, in bytes; None if this host doesn't see where it is."""
+
     async def list(self) -> list[Instance]:
         """Every instance with this installation's label, in whatever state."""

@@ -13,6 +13,7 @@ from docker import APIClient
 from docker.errors import APIError, NotFound
 
 from services.provisioner.backends.base import EngineSpec, Instance, InstanceState, PortTaken, Usage
+from services.provisioner.backends.disk import free_bytes
 from services.provisioner.backends.docker_client import connected
 from services.provisioner.backends.docker_errors import (
     is_conflict,
@@ -40,6 +41,8 @@ T = TypeVar("T")
 log = structlog.get_logger(__name__)
 
 _PAUSE_S = 0.1
+# A client's address of a daemon on this host, whose directories it sees.
+_BY_SOCKET = "http+docker://localhost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,7 @@ class DockerBackend:
         self._client: APIClient | None = None
         # What this process has frozen: found to be ours then, and labels never change.
         self._frozen: dict[UUID, _Container] = {}
+        self._directories: list[Path] = []
         self._threads = BackendThreads(threads, timeout_s)
 
     async def open(self) -> None:
@@ -143,6 +147,10 @@ class DockerBackend:
 
     def _open(self) -> None:
         self._client = connected(self._timeout_s, self._base_url)
+        if self._client.base_url == _BY_SOCKET:
+            # Volumes may have a file system of their own.
+            root = Path(self._client.info()["DockerRootDir"])
+            self._directories = [root, root / "volumes"]
         EngineNetwork(self._network, self._installation, self._timeout_s).open(self._api)
 
     def _create(self, spec: EngineSpec) -> None:
@@ -320,6 +328,9 @@ class DockerBackend:
         # One call for all: nothing can vanish between a list and a look at each.
         containers = self._api.containers(all=True, filters={"label": f"{INSTALLATION_LABEL}={self._installation}"})
         return [found for one in containers if (found := self._template.instance(one["Labels"], one["State"]))]
+
+    async def free_bytes(self) -> int | None:
+        return await free_bytes(self._directories)
 
     async def list(self) -> list[Instance]:
         return await self._run(self._list)

@@ -64,6 +64,9 @@ class ObservedBackend:
         with _observed("remove"):
             await self._backend.remove(engine_id, volume=volume)
 
+    async def free_bytes(self) -> int | None:
+        return await self._backend.free_bytes()
+
     async def list(self) -> list[Instance]:
         with _observed("list"):
             return await self._backend.list()

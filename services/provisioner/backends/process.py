@@ -11,6 +11,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from services.provisioner.backends.base import EngineSpec, Instance, InstanceState, PortTaken, Usage
+from services.provisioner.backends.disk import free_bytes
 from services.provisioner.backends.engine_directory import (
     EngineDirectory,
     Marker,
@@ -237,6 +238,9 @@ class ProcessBackend:
         running = self._processes.engines()
         silent = (_silent(engine_id, marker) for engine_id, marker in markers.items() if engine_id not in running)
         return [*map(_running, running.values()), *filter(None, silent)]
+
+    async def free_bytes(self) -> int | None:
+        return await free_bytes([self._data_dir])
 
     async def list(self) -> list[Instance]:
         return await self._run(self._list)

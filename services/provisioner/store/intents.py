@@ -46,6 +46,7 @@ class IntentStore:
         platform_image: what engines run unless asked otherwise; a policy without a list allows its repository.
         ports: gives new engines their ports.
         url_of: URL of an engine by its id and port.
+        check_disk: raises Unavailable if there is no room for the data of a new one.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class IntentStore:
         platform_image: str,
         ports: PortAllocator,
         url_of: Callable[[UUID, int], str],
+        check_disk: Callable[[], None],
     ) -> None:
         self._database = database
         self._node = node
         self._platform_image = platform_image
         self._ports = ports
         self._url_of = url_of
+        self._check_disk = check_disk
         self._turns: WeakValueDictionary[UUID, asyncio.Lock] = WeakValueDictionary()
 
     @asynccontextmanager
@@ -295,7 +298,9 @@ class IntentStore:
 
         Raises:
             PortExhaustion: no port of the node is free.
+            Unavailable: there is no room for its data.
         """
+        self._check_disk()
         values: dict[str, Any] = {
             "engine_id": newborn.engine_id,
             "product_id": product_id,
