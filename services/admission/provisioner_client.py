@@ -3,7 +3,6 @@
 import asyncio
 import json
 import time
-from contextlib import suppress
 from datetime import UTC
 from uuid import UUID
 
@@ -33,6 +32,8 @@ _OPTIONS = (
     ("grpc.http2.ping_timeout_ms", 5_000),
     # A restarted Provisioner is found again well within the changeover.
     ("grpc.max_reconnect_backoff_ms", 300),
+    # How long one may take to connect; what hangs takes connections, too, and says nothing.
+    ("grpc.min_reconnect_backoff_ms", 2_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
     # All that serve, in turn: one that is about to end says so by its health.
     (
@@ -99,19 +100,21 @@ class ProvisionerClient:
         try:
             return await self._stub.EnsureEngine(request, timeout=self._patience_s, metadata=metadata)
         except grpc.aio.AioRpcError as error:
-            if error.code() is not grpc.StatusCode.UNAVAILABLE or answered_error(error) is not None:
+            is_lost = error.code() is grpc.StatusCode.UNAVAILABLE and answered_error(error) is None
+            if not is_lost or not await self._connected():
                 raise
         # Its Provisioner has gone away meanwhile. Another finds what it has begun, and joins it.
-        await self._connected()
         return await self._stub.EnsureEngine(request, timeout=self._patience_s, metadata=metadata)
 
-    async def _connected(self) -> None:
-        """Returns when some Provisioner is, or has not been for too long."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(_CHANGEOVER_S):
-                # To wait for a change would hold on to something for each call until the state changes.
-                while self._channel.get_state() is not grpc.ChannelConnectivity.READY:  # noqa: ASYNC110
-                    await asyncio.sleep(_POLL_S)
+    async def _connected(self) -> bool:
+        """Whether some Provisioner is within the time of a changeover."""
+        end = time.monotonic() + _CHANGEOVER_S
+        while self._channel.get_state() is not grpc.ChannelConnectivity.READY:
+            if time.monotonic() >= end:
+                return False
+            # To wait for a change would hold on to something for each call until the state changes.
+            await asyncio.sleep(_POLL_S)
+        return True
 
     def _forget(self, call: asyncio.Task[EnsureEngineResponse]) -> None:
         self._calls.discard(call)
