@@ -19,7 +19,7 @@ from typing import Any
 
 from rich.console import Console
 
-from bench import cold, containers, figures, first_admits, plots, report, round_trips, staleness
+from bench import cold, containers, figures, first_admits, notifications, plots, report, round_trips, staleness
 from bench.contenders import (
     ADMIT,
     DIRECT,
@@ -123,6 +123,8 @@ def measure(server: str, server_log: Path, directory: Path, plan: Plan) -> tuple
         percentiles = latencies(answering, rates, plan)
         announce("database round trips")
         trips = round_trips.count(subject, server_log, plan.round_trip_seconds)
+        announce("latency while engines change, with notifications and without")
+        notified = notifications.measure(subject, plan.rounds, plan.paced_seconds)
     with ExitStack() as stack:
         announce(f"throughput with {', '.join(f'{size:,}' for size in plan.sizes)} engines in the registry")
         subjects: dict[int, Contender] = {}
@@ -148,6 +150,7 @@ def measure(server: str, server_log: Path, directory: Path, plan: Plan) -> tuple
         *figures.cold_figures(pairs),
         figures.registry_figure(by_size),
         figures.round_trip_figure(trips),
+        figures.notification_figure(notified),
         *figures.staleness_figures(stale),
     ]
     details = {
@@ -157,6 +160,7 @@ def measure(server: str, server_log: Path, directory: Path, plan: Plan) -> tuple
         "latency at half of saturation, ms": percentiles,
         "throughput by engines in the registry": by_size,
         "database round trips": dataclasses.asdict(trips),
+        "p99 while engines change, ms": notified,
         "how soon changes are known, ms": stale,
         "first admits, ms": firsts,
         "cold": pairs,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bench.contenders import ADMIT, DIRECT, FAST_GRPC, FAST_REST, NO_OP, ONE_PROCESS
+from bench.notifications import CHANGES_S
 from bench.round_trips import RATE_S, RoundTrips
 
 # Requests a second of each round, by what answered.
@@ -110,6 +111,14 @@ def round_trip_figure(found: RoundTrips) -> Figure:
     what = f"database round trips per admit of a running engine, {RATE_S:,} admits/s of one product"
     detail = f"{found.per_admit * RATE_S:.0f}/s, of which {found.idle_s:.0f}/s also when nobody calls"
     return Figure(what, 0.02, False, "", found.per_admit, detail)
+
+
+def notification_figure(p99s_ms: Mapping[str, Sequence[float]]) -> Figure:
+    notified, mute = p99s_ms["notified"], p99s_ms["mute"]
+    ratio = statistics.median(a / b for a, b in zip(notified, mute, strict=True))
+    what = f"p99 of Admit, {RATE_S:,}/s on the grpc.aio host, while {CHANGES_S} engines a second change, notified"
+    detail = f"{statistics.median(notified):.2f} ms to {statistics.median(mute):.2f} ms"
+    return Figure(what, 1.25, False, " × without notifications", ratio, detail)
 
 
 def staleness_figures(times_ms: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Figure]:

@@ -55,6 +55,11 @@ class Installation:
         weights = list(accumulate(1 / (user + 1) for user in users))
         return [users[bisect(weights, random.random() * weights[-1])] for _ in range(count)]
 
+    def anybody(self) -> tuple[Product, str]:
+        """One of those who call, all of them alike."""
+        user = random.randrange(self.active)
+        return self.products[user % PRODUCTS], _user_id(user)
+
     def grpc_calls(self, address: str, products: Iterable[int] = range(PRODUCTS)) -> list[Call]:
         """Admits of one drawn user of each of these products, by gRPC at `address`; each is tried once."""
         calls = []

@@ -288,6 +288,38 @@ async def test_a_notification_is_enough(rig: Rig, database_url: str) -> None:
     listener.cancel()
 
 
+async def test_admits_of_a_running_engine_write_nothing_and_notify_nobody(known: Known, platform: Platform) -> None:
+    """But for what is said of all of them together, some times a second, by the limiter and the log of use."""
+    platform.query("UPDATE products SET rate_limit_rpm = 100000")
+    await asyncio.to_thread(platform.replicas_know)
+    heard: list[psycopg.Notify] = []
+    with psycopg.connect(platform.database_url, autocommit=True) as connection:
+        connection.add_notify_handler(heard.append)
+        for channel in ("changes", "operations", "steps"):
+            connection.execute(f"LISTEN {channel}".encode())
+
+        def counted() -> Any:
+            """Changes noted, transactions that wrote, and all; the last may be late by a second."""
+            return connection.execute(
+                "SELECT (SELECT count(*) FROM changes), pg_snapshot_xmax(pg_current_snapshot())::text::bigint,"
+                " xact_commit FROM pg_stat_database WHERE datname = current_database()"
+            ).fetchone()
+
+        begun, (changes, written, committed) = time.monotonic(), counted()
+        for _ in range(20):
+            answers = await asyncio.gather(*(known.user.admit() for _ in range(100)))
+            assert all(answer.admitted for answer in answers)
+        # By then it would have been counted what each has done.
+        await asyncio.to_thread(platform.replicas_know)
+        seconds, after = time.monotonic() - begun, counted()
+        assert (after[0], heard) == (changes, [])
+        assert after[1] - written < 20 * seconds
+        assert after[2] - committed < 60 * seconds
+        await known.user.call("Stop")
+        assert counted()[0] > changes
+        assert {notify.channel for notify in heard} == {"changes", "operations", "steps"}
+
+
 async def test_of_many_changes_each_is_applied_once(rig: Rig) -> None:
     with psycopg.connect(rig.url) as late, psycopg.connect(rig.url, autocommit=True) as quick:
         late.execute("UPDATE products SET max_engines = 2")  # Its transaction stays open.
