@@ -22,7 +22,7 @@ class BackendThreads:
     and finds what it made.
 
     While nothing is answered at all, one call at a time goes through, to learn when the backend is
-    back; the others are refused at once.
+    back, and its caller waits a tenth of the time; the others are refused at once.
 
     Args:
         size: threads, and with that calls at the same time and threads that can ever be stuck.
@@ -48,9 +48,10 @@ class BackendThreads:
         """
         if self._refuses():
             raise _no_answer()
+        patience_s = self._timeout_s / 10 if self._hangs else self._timeout_s
         turn = self._turns.setdefault(engine_id, asyncio.Lock())
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(patience_s):
                 await turn.acquire()
                 try:
                     await self._free.acquire()
@@ -65,7 +66,7 @@ class BackendThreads:
         self._begun[answer] = begun
         answer.add_done_callback(partial(self._ended, turn))
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(patience_s):
                 return await asyncio.shield(answer)
         except TimeoutError:
             # Others were answered meanwhile: then it is this call that is slow.
