@@ -48,6 +48,8 @@ CALLS: dict[str, Callable[..., Any]] = {
     "Admit": admission_pb.AdmitRequest,
 }
 MAKES = ("ProvisionEngine", "Admit")
+# After these it may happen yet.
+_UNDECIDED = (None, "UNAVAILABLE", "BOOT_TIMEOUT")
 
 
 class Life:
@@ -108,7 +110,7 @@ class Life:
             async with asyncio.timeout(patience_s):
                 answer = await call
         except (grpc.aio.AioRpcError, TimeoutError) as error:
-            refused = isinstance(error, grpc.aio.AioRpcError) and _code(error) not in (None, "UNAVAILABLE")
+            refused = isinstance(error, grpc.aio.AioRpcError) and _code(error) not in _UNDECIDED
             if not refused and name in (*MAKES, "RotateEngineKey", "DestroyEngine"):
                 self._in_doubt, self._key, self._marker, self._is_gone = True, None, None, False
             return
