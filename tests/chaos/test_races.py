@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -11,11 +12,14 @@ import psutil
 import psycopg
 import pytest
 
+from september.admission.v1 import admission_service_pb2 as admission_pb
+from september.engine.v1.engine_pb2 import Engine
 from tests.chaos.oracle import oracle
 from tests.chaos.racers import race
 from tests.chaos.score_card import Score
 from tests.harness import Clients, Platform, Product
-from tests.integration.test_sleep import Sleepers, admits_against_sleep
+from tests.integration.test_life_cycle import User, accepted
+from tests.integration.test_sleep import REASON, Sleepers
 from tests.integration.test_warm_pool import destroy, ensure, filled, pool_of, ready
 
 pytestmark = pytest.mark.early
@@ -119,9 +123,110 @@ async def test_no_member_of_the_pool_is_given_twice_though_members_die(
 
 
 async def test_nobody_who_is_admitted_hangs_or_finds_the_engine_of_another(
-    platform: Platform, connect: Connect, score: Score, extent: Extent
+    platform: Platform, connect: Connect, seed: int, score: Score, extent: Extent
 ) -> None:
-    wrong = await admits_against_sleep(Sleepers(platform, connect), turns=extent(5, 500))
-    strangers = sum("another" in one for one in wrong)
-    score(TOGETHER, f"wrong tenants: {strangers}, hangs: {len(wrong) - strangers}", not wrong)
-    assert wrong == []
+    sleepers = Sleepers(platform, connect)
+    users = [await sleepers.user(f"u{n}", idle_sleep_after_s=None) for n in range(extent(8, 32))]
+    admits = Admits(sleepers, random.Random(seed))
+    async with admits.looking():
+        # The three seeds together make ten thousand.
+        while admits.that_met_a_sleep() < extent(100, 3_334):
+            await asyncio.gather(*(admits.race(user) for user in users))
+    hangs, strangers, met = len(admits.hung), len(admits.strangers), admits.that_met_a_sleep()
+    score(TOGETHER, f"wrong tenants: {strangers}, hangs: {hangs} in {met:,} races", not (strangers or hangs))
+    assert (admits.hung, admits.strangers) == ([], [])
+    sleeps = dict(platform.query("SELECT outcome, count(*) FROM operations WHERE kind = 'sleep' GROUP BY 1"))
+    print(f"{len(admits.made)} admits, of which {met} met a sleep: {sleeps}")
+    assert sleeps.get("succeeded", 0) > 0, "no engine was found asleep"
+    assert sleeps.get("cancelled", 0) + sleeps.get("failed", 0) > 0, "no sleep was called off"
+
+
+class Admits:
+    """Admits at the moments when engines fall asleep, and what was wrong with engines that were handed out."""
+
+    def __init__(self, sleepers: Sleepers, chance: random.Random) -> None:
+        self._sleepers = sleepers
+        self._chance = chance
+        self._falling_asleep: set[str] = set()
+        self.made: list[tuple[str, float]] = []
+        self.hung: list[str] = []
+        self.strangers: list[str] = []
+
+    @asynccontextmanager
+    async def looking(self) -> AsyncIterator[None]:
+        """In the block it is known which sleeps are announced, and not over yet."""
+
+        async def look() -> None:
+            query = b"SELECT engine_id::text FROM operations WHERE kind = 'sleep' AND finished_at IS NULL"
+            url = self._sleepers.platform.database_url
+            async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
+                while True:
+                    self._falling_asleep = {one for (one,) in await (await connection.execute(query)).fetchall()}
+                    await asyncio.sleep(0.005)
+
+        looking = asyncio.create_task(look())
+        yield
+        assert not looking.done()
+        looking.cancel()
+
+    async def race(self, user: User) -> None:
+        """Puts the user's engine to sleep; eight admits come meanwhile, and some of them would wake it.
+
+        Some come as soon as the sleep is asked for, or just when it is announced, and the others until it is over.
+        Whoever was let in uses the engine at once, and once more when the sleep is over.
+        """
+        chance = self._chance
+        engine = (await user.admit(auto_provision=True, auto_wake=True)).engine
+        # Nobody is let in for so long that it may sleep.
+        await asyncio.sleep(chance.uniform(1, 1.2))
+        waking, early = chance.choice((0, 0, 0.2)), chance.choice((0, 0, 1, 3))
+        sleep = asyncio.create_task(self._sleep(user))
+        admits = [self._admit(user, engine, chance.uniform(0, 0.03), waking) for _ in range(early)]
+        begun = [asyncio.create_task(admit) for admit in admits]
+        while not (sleep.done() or engine.engine_id in self._falling_asleep):  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        longest_s = (0.03, 0.8)
+        admits = [self._admit(user, engine, chance.uniform(0, longest_s[n % 2]), waking) for n in range(8 - early)]
+        let_in = await asyncio.gather(*begun, *admits)
+        await sleep
+        if any(let_in):
+            await self._use(user, engine.url, engine.api_key)
+
+    async def _sleep(self, user: User) -> None:
+        with suppress(grpc.aio.AioRpcError):
+            await user.call("Sleep")
+
+    async def _admit(self, user: User, engine: Engine, delay_s: float, waking: float) -> bool:
+        request = admission_pb.AdmitRequest(user_id=user.user_id, auto_wake=self._chance.random() < waking)
+        admission = self._chance.choice(self._sleepers.clients.admissions)
+        await asyncio.sleep(delay_s)
+        self.made.append((engine.engine_id, time.time()))
+        try:
+            async with asyncio.timeout(10):
+                answer = await admission.Admit(request, metadata=user.product.metadata)
+        except TimeoutError:
+            self.hung.append(user.user_id)
+            return False
+        assert answer.admitted or answer.reason == REASON.engine_sleeping
+        if answer.admitted:
+            await self._use(user, answer.engine.url, engine.api_key)
+        return bool(answer.admitted)
+
+    async def _use(self, user: User, url: str, key: str) -> None:
+        try:
+            async with asyncio.timeout(10):
+                # No other engine would take the key.
+                if not await accepted(url, key):
+                    self.strangers.append(user.user_id)
+        except TimeoutError:
+            self.hung.append(user.user_id)
+
+    def that_met_a_sleep(self) -> int:
+        """How many came when a sleep was announced, and was neither done nor called off."""
+        met = (
+            "SELECT count(*) FROM unnest(%s::uuid[], %s::float[]) AS admits (engine_id, at)"
+            " WHERE EXISTS (SELECT FROM operations o WHERE o.engine_id = admits.engine_id AND kind = 'sleep'"
+            " AND at BETWEEN extract(epoch FROM created_at) AND extract(epoch FROM finished_at))"
+        )
+        engine_ids, moments = [one for one, _ in self.made], [at for _, at in self.made]
+        return int(self._sleepers.platform.query(met, engine_ids, moments)[0][0])

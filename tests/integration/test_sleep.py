@@ -5,14 +5,12 @@ from collections.abc import Callable
 from pathlib import Path
 from uuid import UUID
 
-import aiohttp
 import psutil
 import pytest
 
-from september.admission.v1 import admission_service_pb2 as pb
 from september.engine.v1 import denial_pb2, engine_pb2
 from tests.harness import Clients, Platform, eventually
-from tests.integration.test_life_cycle import User, accepted, execute, process_of
+from tests.integration.test_life_cycle import User, execute, process_of
 
 pytestmark = pytest.mark.early
 
@@ -153,73 +151,3 @@ async def test_sleep_waits_for_a_replica_that_may_have_admitted(
     await sleepers.asleep(engine.engine_id)
     [(asleep,)] = platform.query("SELECT finished_at FROM operations WHERE kind = 'sleep' AND outcome = 'succeeded'")
     assert (asleep - silent).total_seconds() > 11
-
-
-async def test_no_one_of_two_thousand_admitted_finds_a_frozen_engine(sleepers: Sleepers) -> None:
-    assert await admits_against_sleep(sleepers, turns=100) == []
-    sleeps = dict(sleepers.platform.query("SELECT outcome, count(*) FROM operations WHERE kind = 'sleep' GROUP BY 1"))
-    assert sleeps.get("succeeded", 0) >= 10, "engines were not found asleep"
-    assert sleeps.get("cancelled", 0) > 0, "no admit met an announcement"
-
-
-async def admits_against_sleep(sleepers: Sleepers, turns: int) -> list[str]:
-    """Twenty callers admit ten users, each so many times, and often just when the engine falls asleep or has.
-
-    Returns what was wrong with engines that were handed out: each is looked at as soon as it is.
-    """
-    users = [await sleepers.user(f"u{i}") for i in range(10)]
-    engines = [(await user.admit(auto_provision=True)).engine for user in users]
-    together = [asyncio.Barrier(2) for _ in users]
-    wrong: list[str] = []
-    outcomes = {"admitted": 0, "denied": 0}
-    # Engines that fall asleep, or sleep, by their operations: True once it is done.
-    asleep: dict[str, bool] = {}
-
-    async def look() -> None:
-        query = (
-            "SELECT engine_id::text, NOT EXISTS (SELECT FROM operations o WHERE o.engine_id = engines.engine_id"
-            " AND finished_at IS NULL) FROM engines WHERE status = 'sleeping'"
-        )
-        while True:
-            rows = await asyncio.to_thread(sleepers.platform.query, query)
-            asleep.clear()
-            asleep.update(rows)
-            await asyncio.sleep(0.02)
-
-    async def idle(index: int, *, frozen: bool) -> None:
-        """Until the engine's sleep is announced, or done: the moments that admits are to meet."""
-        await together[index % 10].wait()
-        engine_id = engines[index % 10].engine_id
-        async with asyncio.timeout(30):
-            while not (asleep.get(engine_id, False) if frozen else engine_id in asleep):  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-
-    async def caller(session: aiohttp.ClientSession, index: int) -> None:
-        user = users[index % 10]
-        for turn in range(turns):
-            if turn % 25 == 10:
-                await idle(index, frozen=turn % 50 == 10)
-            request = pb.AdmitRequest(user_id=user.user_id, auto_wake=turn % 3 != 0)
-            answer = await sleepers.clients.admissions[(turn + index // 10) % 2].Admit(
-                request, metadata=user.product.metadata
-            )
-            if not answer.admitted:
-                assert answer.reason == REASON.engine_sleeping
-                outcomes["denied"] += 1
-                continue
-            outcomes["admitted"] += 1
-            try:
-                async with session.get(f"{answer.engine.url}/health") as health:
-                    assert health.status == 200
-                if turn % 5 == 0 and await accepted(answer.engine.url, engines[(index + 1) % 10].api_key):
-                    wrong.append(f"{user.user_id}: its engine takes the key of another")
-            except (TimeoutError, aiohttp.ClientError) as error:
-                wrong.append(f"{user.user_id}: {error!r}")
-
-    timeout = aiohttp.ClientTimeout(total=2)
-    looking = asyncio.create_task(look())
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(force_close=True)) as session:
-        await asyncio.gather(*(caller(session, index) for index in range(20)))
-    looking.cancel()
-    assert outcomes["admitted"] + outcomes["denied"] == 20 * turns
-    return wrong
