@@ -1,7 +1,6 @@
 """The platform through the real gateway: what a product's developer does on the first day, and its races."""
 
 import asyncio
-import json
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -225,14 +224,32 @@ async def test_a_misspelt_or_mistyped_policy_is_refused_by_name(
     assert "rate_limit_rpm" not in answer["policy"]
 
 
-async def test_a_policy_as_deep_as_a_body_can_be_is_refused(rest: Rest, operators: Rest, shared: Shared) -> None:
-    depth = 15_000
-    body = json.dumps({"slug": "deep"})[:-1] + ',"policy":' + '{"a":' * depth + "1" + "}" * depth + "}"
-    async with aiohttp.ClientSession() as session:
-        headers = {"X-Admin-Key": shared[0].admin_key, "Content-Type": "application/json"}
-        async with session.post(f"{operators.url}/products/register", data=body[:64_000], headers=headers) as answer:
-            assert answer.status == 400
-        assert (await rest.call("GET", "/health"))[0] == 200
+NO_JSON = "the body is not the JSON object that this call takes"
+
+
+@pytest.mark.parametrize(
+    ("deep", "message"),
+    [
+        ('{"a":' * 10_000 + "1" + "}" * 10_000, NO_JSON),
+        ("[" * 32_000 + "]" * 32_000, NO_JSON),
+        ("[" * 100_000 + "]" * 100_000, "the body is over 64 KiB"),
+    ],
+    ids=["objects", "arrays", "arrays over the limit"],
+)
+async def test_json_as_deep_as_a_body_can_be_is_refused(
+    first: Gateway, shared: Shared, clients: Clients, deep: str, message: str
+) -> None:
+    product = await clients.register()
+    admin, key = [("X-Admin-Key", shared[0].admin_key)], [("X-Platform-Key", product.key)]
+    for path, body, headers in (
+        ("/products/register", f'{{"slug":"deep","policy":{deep}}}', admin),
+        ("/engines/u1/admit", f'{{"auto_wake":{deep}}}', key),
+        ("/engines/u1/admit", deep, key),
+    ):
+        answer = await first.rest("POST", path, body.encode(), headers)
+        assert answer.own_error() == (400, "INVALID_REQUEST", message)
+        assert first.process.returncode is None
+        assert (await first.rest("POST", "/engines/u1/admit", b"{}", key)).status == 200
 
 
 async def test_with_its_services_gone_the_gateway_says_when_to_try_again(tmp_path: Path) -> None:
