@@ -1,8 +1,9 @@
 """The platform through the real gateway: what a product's developer does on the first day, and its races."""
 
 import asyncio
+import re
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from september.admission.v1 import admission_service_pb2 as pb
 from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceStub
 from september.engine.v1 import engine_pb2
 from services.cli.gateway import Lane
-from tests.e2e.gateway_process import Gateway, Inside, running_gateway
+from tests.e2e.gateway_process import Answer, Gateway, Inside, eventually, running_gateway
 from tests.harness import Clients, Platform, Product, Service
 
 Shared = tuple[Platform, list[Service]]
@@ -259,3 +260,31 @@ async def test_with_its_services_gone_the_gateway_says_when_to_try_again(tmp_pat
                 assert answer.status == 503
                 assert answer.headers["Retry-After"] == "1"
                 assert (await answer.json())["error"]["code"] == "UNAVAILABLE"
+
+
+async def test_who_was_told_that_a_boot_takes_too_long_and_asks_again_gets_that_engine(
+    platform: Platform, connect: Callable[..., Clients], tmp_path: Path
+) -> None:
+    def impatient(config: str) -> str:
+        return re.sub(r"(cluster: admission, timeout:) [1-9][\d.]*s", r"\1 1.5s", config)
+
+    # Which takes 2 s to boot.
+    provisioner = platform.provisioner(ORCH_ENGINE_IMAGE="tests.engines.slow_boot")
+    admission = platform.admission(provisioner)
+    product = await connect(platform, provisioner).register()
+    async with running_gateway(tmp_path, admission.address, provisioner.address, impatient) as gateway:
+
+        async def admit() -> Answer:
+            key = [("x-platform-key", product.key)]
+            return await gateway.rest("POST", "/engines/u1/admit", b'{"auto_provision":true}', key)
+
+        assert (await admit()).error() == (504, "BOOT_TIMEOUT", "the engine was not healthy in time")
+        [(engine_id,)] = platform.query("SELECT engine_id FROM engines")
+
+        async def admitted() -> Answer | None:
+            answer = await admit()
+            return answer if answer.status != 504 else None
+
+        assert (await eventually(admitted)).json()["engine"]["engine_id"] == str(engine_id)
+    assert platform.query("SELECT engine_id, kind, outcome FROM operations") == [(engine_id, "provision", "succeeded")]
+    assert platform.counts() == dict.fromkeys(platform.counts(), 1)
