@@ -68,7 +68,7 @@ class Service:
         self.address = f"127.0.0.1:{self.port}"
 
     def _port(self) -> int | None:
-        assert self.process.poll() is None, self.log_file.read_text()
+        assert self.process.poll() is None, f"ended with {self.process.returncode}: {self.log_file.read_text()}"
         return next((event["port"] for event in self.events() if event["event"] == "serving"), None)
 
     def events(self) -> list[dict[str, Any]]:

@@ -2,10 +2,11 @@
 
 import asyncio
 import random
+import socket
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 
 import grpc
 import psutil
@@ -66,6 +67,37 @@ async def test_of_all_who_want_a_users_engine_at_once_one_makes_it(
     value = f"{duplicates} of {len(user_ids):,} users, {REPLICAS} callers of {len(services)} Provisioners at once"
     score("duplicate engines, 1,000 users × 8 replicas", value, duplicates == 0)
     assert (differ, made) == ([], dict.fromkeys(user_ids, 1))
+    await asyncio.to_thread(oracle, platform)
+
+
+async def test_all_who_start_at_once_get_a_port_though_others_take_some(
+    platform: Platform, connect: Connect, seed: int, extent: Extent
+) -> None:
+    chance, starts = random.Random(seed), extent(20, 100)
+    ports = range(23000, 23000 + starts * 13 // 10)
+    limits = {"ORCH_PORT_MIN": f"{ports[0]}", "ORCH_PORT_MAX": f"{ports[-1]}"}
+    clients = connect(platform, platform.provisioner(**IMAGE, **limits))
+    product = await clients.register()
+    with ExitStack() as others:
+
+        def take(port: int) -> bool:
+            with suppress(OSError):
+                others.enter_context(socket.create_server(("127.0.0.1", port)))
+                return True
+            return False
+
+        for port in chance.sample(ports, starts // 5):
+            assert take(port)
+        users = [User(clients, product, f"u{n}") for n in range(starts)]
+        starting = asyncio.gather(*(user.call("Provision") for user in users))
+        late = 0
+        while late < starts // 20:
+            late += take(chance.choice(ports))
+            await asyncio.wait([starting], timeout=0.05)
+            assert not starting.done(), "some ports are taken while engines start"
+        made = await starting
+    assert len({engine.url for engine in made}) == starts
+    assert {engine.status for engine in made} == {Engine.Status.running}
     await asyncio.to_thread(oracle, platform)
 
 

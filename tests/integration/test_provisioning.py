@@ -198,3 +198,9 @@ async def test_a_tightened_quota_destroys_nothing_and_refuses_the_next(clients: 
     await destroy(clients, product, "u1")
     await destroy(clients, product, "u2")
     await provision(clients, product, "u3")
+
+
+def test_a_second_provisioner_on_the_port_ends_and_says_so(platform: Platform) -> None:
+    first = platform.provisioner()
+    with pytest.raises(AssertionError, match=rf"(?s)^ended with 1: .*{first.address} is taken"):
+        platform.provisioner(ORCH_PROVISIONER_LISTEN=first.address)
