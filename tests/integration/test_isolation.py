@@ -3,8 +3,10 @@
 import asyncio
 import os
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, suppress
+from statistics import quantiles
 from typing import Any
 from uuid import UUID
 
@@ -18,6 +20,8 @@ from tests.harness import ROOT
 from tests.integration.backend_rigs import DockerRig, answers, free_port, spec_for, until
 
 PRIVATE, LINK_LOCAL, PUBLIC = "10.214.77.2", "169.254.77.7", "203.0.113.77"
+# Far less than a bomb lasts.
+PROBE_S = 1.0
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="rules of the packet filter take root")
 
 
@@ -241,26 +245,47 @@ async def test_one_as_closed_as_it_has_to_be_is_started_again_as_it_is(docker_ri
     assert docker_rig.api.inspect_container(f"engine-{spec.engine_id}")["Id"] == before
 
 
+# A shell that can't fork ends; the next one takes its place without.
 BOMBS = {
     "fork": "bomb() { bomb | bomb & }; bomb",
-    "memory": "busybox dd if=/dev/zero of=/dev/shm/full bs=1M count=60; exec busybox tail /dev/zero",
+    "memory": "busybox dd if=/dev/zero of=/dev/shm/full bs=1M count=60; busybox tail /dev/zero",
     "disk": "busybox dd if=/dev/zero of=/tmp/full bs=1M",
     "files": "busybox dd if=/dev/zero of=/full",
 }
+REPEATED = """export BOMB='trap "exec busybox sh -c \\"\\$BOMB\\"" EXIT; {bomb}'
+busybox timeout -s KILL {seconds} busybox sh -c "$BOMB" >/dev/null 2>&1"""
 
 
-async def test_a_bomb_harms_its_own_engine_alone(docker_rig: DockerRig) -> None:
+async def probes(port: int, meanwhile: Awaitable[object]) -> list[float]:
+    """How long probes of an engine take, 50 a second, until something has ended; none as long as a bomb."""
+
+    async def probe() -> float:
+        begun = time.monotonic()
+        async with asyncio.timeout(PROBE_S):
+            assert await answers(port)
+        return time.monotonic() - begun
+
+    begun, end = time.monotonic(), asyncio.ensure_future(meanwhile)
+    async with asyncio.TaskGroup() as group:
+        running = [group.create_task(probe()), group.create_task(probe())]
+        while not end.done():
+            await asyncio.sleep(begun + len(running) / 50 - time.monotonic())
+            running.append(group.create_task(probe()))
+    return [task.result() for task in running]
+
+
+async def test_a_bomb_harms_its_own_engine_alone(docker_rig: DockerRig, extent: Callable[[int, int], int]) -> None:
     backend = await docker_rig.backend(memory_bytes=64 * 1024 * 1024, cpus=0.5, pids=64)
     neighbour = await running(docker_rig, backend)
+    bomb_s = extent(2, 10)
     for name, bomb in BOMBS.items():
         engine = await running(docker_rig, backend)
-        explosion = asyncio.create_task(
-            asyncio.to_thread(inside, docker_rig, engine.engine_id, f"busybox timeout -s KILL 1 busybox sh -c '{bomb}'")
-        )
-        while not explosion.done():
-            assert await answers(neighbour.port), name
-            await asyncio.sleep(0.02)
-        assert await answers(neighbour.port), name
+        before = await probes(neighbour.port, asyncio.sleep(extent(0, bomb_s)))
+        command = REPEATED.format(bomb=bomb, seconds=bomb_s)
+        during = await probes(neighbour.port, asyncio.to_thread(inside, docker_rig, engine.engine_id, command))
+        assert len(during) > 50, f"{name} is over too soon"
+        p99_ms = [quantiles(took, n=100, method="inclusive")[98] * 1000 for took in (before, during)]
+        print(f"{name}: p99 {p99_ms[0]:.1f} ms before, {p99_ms[1]:.1f} ms meanwhile, {len(during)} probes")
         await backend.remove(engine.engine_id, volume=True)
         instance = await backend.inspect(neighbour.engine_id)
         assert instance is not None, name
