@@ -2,10 +2,13 @@
 
 import asyncio
 import json
+import os
+import random
+import socket
 import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -158,6 +161,82 @@ async def test_a_life_in_a_hardened_container(platform: DockerPlatform, connect:
 
     await clients.provisioner.DestroyEngine(pb.DestroyEngineRequest(user_id="u1"), metadata=product.metadata)
     assert platform.counts() == NOTHING
+
+
+async def test_whenever_clients_cancel_every_user_has_one_engine(
+    platform: DockerPlatform, connect: Connect, seed: int, extent: Callable[[int, int], int]
+) -> None:
+    provisioner = platform.provisioner()
+    clients = connect(platform, provisioner, platform.admission(provisioner))
+    product = await clients.register()
+    chance = random.Random(seed)
+    cancelled = 0
+
+    async def live(user_id: str) -> None:
+        nonlocal cancelled
+        request = admission_pb.AdmitRequest(user_id=user_id, auto_provision=True)
+        call = clients.admission.Admit(request, metadata=product.metadata)
+        await asyncio.wait([asyncio.ensure_future(call)], timeout=chance.uniform(0.001, 0.5))
+        cancelled += call.cancel()
+        engine = (await clients.admission.Admit(request, metadata=product.metadata)).engine
+        assert await execute(engine.url, engine.api_key) == 200
+
+    users = [f"u{n}" for n in range(extent(4, 60))]
+    for four in (users[n : n + 4] for n in range(0, len(users), 4)):
+        await asyncio.gather(*map(live, four))
+    assert cancelled
+    await asyncio.to_thread(eventually, lambda: platform.open_operations() == 0, "every operation has ended")
+    assert platform.query("SELECT count(*) FROM operations") == [(len(users),)]
+    assert set(platform.counts().values()) == {len(users)}
+
+
+METADATA = "169.254.169.254"
+
+
+@contextmanager
+def packets_to(address: str) -> Iterator[Callable[[], int]]:
+    """Tells within the block how many packets to the address have been sent by this host or passed on by it."""
+    chain = f"COUNTS-{uuid4().hex[:12]}"
+
+    def iptables(*arguments: str) -> str:
+        command = ["iptables", "--wait", "5", *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    def packets() -> int:
+        return int(iptables("-nvxL", chain).splitlines()[2].split()[0])
+
+    with ExitStack() as stack:
+        iptables("-N", chain)
+        stack.callback(iptables, "-X", chain)
+        iptables("-A", chain, "-d", address)
+        stack.callback(iptables, "-F", chain)
+        for way in ("OUTPUT", "FORWARD"):
+            iptables("-I", way, "-j", chain)
+            stack.callback(iptables, "-D", way, "-j", chain)
+        yield packets
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="rules of the packet filter take root")
+async def test_an_image_at_a_metadata_service_is_refused_and_no_packet_leaves(
+    platform: DockerPlatform, connect: Connect
+) -> None:
+    clients = connect(platform, platform.provisioner())
+    product = await clients.register(allowed_images=["*"])
+    engine = f"engine-{(await provision(clients, product)).engine_id}"
+    with packets_to(METADATA) as packets:
+        for image in (f"{METADATA}/x", f"{METADATA}:80/latest/meta-data:x"):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await provision(clients, product, "u2", image)
+            assert reason(refused.value) == "BACKEND_ERROR"
+        assert packets() == 0
+        # What is counted, of this host and of an engine.
+        with socket.socket(type=socket.SOCK_DGRAM) as sender:
+            sender.sendto(b"", (METADATA, 80))
+        assert packets() == 1
+        call = f"import socket; socket.socket(type=socket.SOCK_DGRAM).sendto(b'', ('{METADATA}', 80))"
+        execution = platform.api.exec_create(engine, ["python3", "-c", call])
+        assert platform.api.exec_start(execution["Id"]) == b""
+        assert packets() == 2
 
 
 async def test_the_pool_hands_out_no_container_that_is_dead_paused_or_of_an_old_image(
