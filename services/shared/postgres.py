@@ -120,7 +120,7 @@ class Database:
             REGISTRY_ERRORS.inc()
             raise Unavailable("the registry can't be reached")
         with translated():
-            connection = await self._pool.getconn()
+            connection = await self._lend()
             silence = asyncio.get_running_loop().call_later(_SILENCE_S, _hang_up, connection)
             try:
                 yield connection
@@ -174,6 +174,19 @@ class Database:
     def _arguments(self, statement_ms: int) -> dict[str, Any]:
         options = f"-c statement_timeout={statement_ms} {_OPTIONS}"
         return {**self._parameters, "options": options, "row_factory": dict_row, "autocommit": True}
+
+    async def _lend(self) -> Connection:
+        """Not to whoever is cancelled as the connection comes: `asyncio.wait_for`, by which the pool
+        waits, loses that in Python 3.11, and a loop would never end.
+        """
+        task = asyncio.current_task()
+        assert task is not None
+        cancelled = task.cancelling()
+        connection = await self._pool.getconn()
+        if task.cancelling() > cancelled:
+            await self._give_back(connection)
+            raise asyncio.CancelledError
+        return connection
 
     async def _give_back(self, connection: Connection) -> None:
         """Cancelled on its way back, a connection would be lost to the pool."""

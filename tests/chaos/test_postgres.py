@@ -171,6 +171,35 @@ async def test_however_many_have_waited_in_vain_the_pool_finds_back() -> None:
         await database.close()
 
 
+async def test_whoever_is_cancelled_as_a_connection_comes_is_cancelled(database_url: str) -> None:
+    """A loop that went on would keep its process from ending."""
+    database = Database(database_url, application_name="cancelled", max_size=1)
+    await database.open()
+
+    async def hold(until: asyncio.Event) -> None:
+        async with database.connection():
+            await until.wait()
+
+    async def steps(count: int) -> None:
+        for _ in range(count):
+            await asyncio.sleep(0)
+
+    for later in range(30):
+        given_back = asyncio.Event()
+        holding = asyncio.create_task(hold(given_back))
+        await steps(20)
+        waiting = asyncio.create_task(hold(asyncio.Event()))
+        await steps(20)
+        given_back.set()
+        await steps(later)
+        waiting.cancel()
+        await asyncio.wait([holding, waiting], timeout=5)
+        assert waiting.cancelled(), f"cancelled {later} steps later"
+    async with asyncio.timeout(5), database.connection():
+        pass
+    await database.close()
+
+
 async def test_cancelled_calls_leave_the_pool_as_it_was(database_url: str, seed: int, extent: Extent) -> None:
     size = 4
     chance = random.Random(seed)
