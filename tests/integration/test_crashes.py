@@ -4,12 +4,17 @@ import asyncio
 import os
 import signal
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
+import grpc
 import pytest
 
 from september.admission.v1 import admission_service_pb2 as admission_pb
 from september.provisioner.v1 import provisioner_service_pb2 as pb
-from tests.harness import Clients, Platform, eventually
+from services.shared.failpoints import VARIABLE
+from tests.harness import Clients, Platform, eventually, reason
+from tests.integration.test_life_cycle import User
 
 pytestmark = pytest.mark.early
 
@@ -82,3 +87,39 @@ async def test_another_provisioner_takes_over_what_a_stopped_one_has_begun(
     await settled(platform)
     consistent(platform)
     assert platform.counts()["rows"] == 6
+
+
+async def test_an_operation_that_always_fails_as_nobody_foresaw_is_put_out_of_the_way(
+    platform: Platform, connect: Connect, tmp_path: Path
+) -> None:
+    points = tmp_path / "failpoints"
+    points.mkdir()
+    provisioner = platform.provisioner(**LEASE, **{VARIABLE: str(points)})
+    clients = connect(platform, provisioner, platform.admission(provisioner))
+    product = await clients.register()
+    poisoned, other = User(clients, product, "poisoned"), User(clients, product, "other")
+    await poisoned.call("Provision")
+    stopping: asyncio.Future[pb.StopEngineResponse] | None = None
+    for attempt in range(1, 6):
+        if attempt == 3:
+            await other.call("Provision")
+        (points / "stop.begun").symlink_to("raise")
+        stopping = stopping or asyncio.ensure_future(poisoned.call("Stop"))
+        # The pauses between attempts grow.
+        platform.query("UPDATE operations SET not_before = clock_timestamp() WHERE finished_at IS NULL")
+        failed = partial(
+            platform.query, "SELECT 1 FROM operations WHERE kind = 'stop' AND attempts = %s AND owner IS NULL", attempt
+        )
+        await asyncio.to_thread(eventually, failed, f"attempt {attempt} has failed")
+    assert stopping is not None
+    [(operation_id,)] = platform.query("SELECT operation_id FROM operations WHERE quarantined_at IS NOT NULL")
+    for waiting in (stopping, poisoned.call("Start")):
+        with pytest.raises(grpc.aio.AioRpcError, match=str(operation_id)) as refused:
+            await waiting
+        assert reason(refused.value) == "INTERNAL"
+    await other.call("Stop")
+    await other.call("Start")
+    await poisoned.call("Destroy")
+    assert (await poisoned.admit(auto_provision=True)).admitted
+    assert platform.open_operations() == 0
+    consistent(platform)

@@ -1,16 +1,21 @@
 """Idle engines are put to sleep, and never under anybody."""
 
 import asyncio
+import os
+import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from uuid import UUID
 
+import grpc
 import psutil
 import pytest
 
 from september.engine.v1 import denial_pb2, engine_pb2
-from tests.harness import Clients, Platform, eventually
-from tests.integration.test_life_cycle import User, execute, process_of
+from services.shared.failpoints import VARIABLE
+from tests.harness import Clients, Platform, eventually, reason
+from tests.integration.test_life_cycle import User, accepted, actions, execute, process_of
 
 pytestmark = pytest.mark.early
 
@@ -151,3 +156,54 @@ async def test_sleep_waits_for_a_replica_that_may_have_admitted(
     await sleepers.asleep(engine.engine_id)
     [(asleep,)] = platform.query("SELECT finished_at FROM operations WHERE kind = 'sleep' AND outcome = 'succeeded'")
     assert (asleep - silent).total_seconds() > 11
+
+
+async def test_an_engine_that_could_not_be_frozen_is_said_to_run(
+    platform: Platform, connect: Connect, tmp_path: Path
+) -> None:
+    points = tmp_path / "failpoints"
+    points.mkdir()
+    (points / "sleep.frozen").symlink_to("SIGSTOP")
+    sleepers = Sleepers(platform, connect, **{VARIABLE: str(points)})
+    user = await sleepers.user(idle_sleep_after_s=None)
+    made = await user.call("Provision")
+    falling_asleep = asyncio.ensure_future(user.call("Sleep"))
+    provisioner, process = psutil.Process(sleepers.provisioner.process.pid), process_of(platform, made.engine_id)
+    assert process is not None
+    await sleepers.until(lambda: provisioner.status() == psutil.STATUS_STOPPED, "the engine was frozen")
+    # Nobody can know who sends signals to a process.
+    os.killpg(process.pid, signal.SIGCONT)
+    await sleepers.until(lambda: process.status() != psutil.STATUS_STOPPED, "it goes on")
+    provisioner.send_signal(signal.SIGCONT)
+    with pytest.raises(grpc.aio.AioRpcError, match="it could not be frozen") as refused:
+        await falling_asleep
+    assert reason(refused.value) == "UNAVAILABLE"
+    assert platform.query("SELECT status, busy_reason FROM engines") == [
+        ("running", "the engine stays awake: it could not be frozen")
+    ]
+    admitted = (await user.admit()).engine
+    assert admitted.status == STATUS.running
+    assert await accepted(admitted.url, admitted.api_key)
+    assert process_of(platform, made.engine_id) == process
+
+
+async def test_sleepers_are_not_probed_while_others_are(platform: Platform, connect: Connect) -> None:
+    sleepers = Sleepers(platform, connect, ORCH_HEALTH_CHECK_INTERVAL_S="1", ORCH_HEALTH_MAX_FAILURES="1")
+    awake = [await sleepers.user(f"u{n}", idle_sleep_after_s=None) for n in range(4)]
+    asleep = await sleepers.user(idle_sleep_after_s=None)
+    made, *_ = await asyncio.gather(*(user.call("Provision") for user in (asleep, *awake)))
+    await execute(made.url, made.api_key, "my name is Ada")
+    await asleep.sleep()
+    process = process_of(platform, made.engine_id)
+    probed = "SELECT FROM engines WHERE last_health_at > %s HAVING count(*) = 4"
+    for _ in range(3):
+        [(moment,)] = platform.query("SELECT clock_timestamp()")
+        await sleepers.until(partial(platform.query, probed, moment), "the others are probed")
+    assert process is not None
+    assert process.status() == psutil.STATUS_STOPPED
+    assert {action for action, _ in actions(platform, made.engine_id)} == {"provision", "sleep"}
+    unheard = {"engine_frozen", "engine_ill", "prober_ill"}
+    assert not [event for event in sleepers.provisioner.events() if event["event"] in unheard]
+    woken = await asleep.call("Wake")
+    assert process_of(platform, made.engine_id) == process
+    assert (await execute(woken.url, made.api_key, "and who am I?"))[-1]["messages"] == 4
