@@ -151,7 +151,7 @@ async def test_planted_statistics_do_not_appear(served: Served) -> None:
 
 
 async def test_an_answer_of_the_service_is_not_retried(served: Served) -> None:
-    for code in ("UNAVAILABLE", "INTERNAL", "BOOT_TIMEOUT"):
+    for code in ("UNAVAILABLE", "INTERNAL", "BOOT_TIMEOUT", "ENGINE_ALREADY_EXISTS", "RATE_LIMITED"):
         user_id = served.services.on(failing(code, "no"))
         await served.gateway.rest("POST", "/engines/provision", json.dumps({"user_id": user_id}).encode())
         assert len(served.services.calls[user_id]) == 1
