@@ -5,13 +5,16 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
+import aiohttp
 import psutil
 
 from september.provisioner.v1 import provisioner_service_pb2 as pb
+from services.shared.keys import EngineKeyring
 from tests.chaos.crew import Crew
 from tests.harness import Clients, Product, eventually
 from tests.integration.test_life_cycle import accepted, process_of
@@ -93,6 +96,20 @@ class Subject:
             if self._platform.query(effects, self.user_id, _ACTIONS.get(verb, verb.lower())) != [(count,)]:
                 lost.append(f"{verb} is not there {count} times")
         return lost
+
+    async def takes_the_key_handed_out(self) -> bool:
+        """Whether the engine, if it is said to run, takes the key that is in the registry at this moment."""
+        query = "SELECT status, generation, url, engine_id, encrypted_key FROM engines WHERE user_id = %s"
+        keyring = EngineKeyring([self._platform.environment["ORCH_MASTER_KEY"]])
+        while (rows := self._platform.query(query, self.user_id)) and rows[0][0] == "running":
+            *_, url, engine_id, encrypted_key = rows[0]
+            with suppress(aiohttp.ClientError):
+                if await accepted(url, keyring.decrypt(engine_id, encrypted_key)):
+                    return True
+            # Unless the operation went on meanwhile.
+            if rows == self._platform.query(query, self.user_id):
+                return False
+        return True
 
     async def take_port(self) -> None:
         """Something else listens on the engine's port."""

@@ -117,6 +117,8 @@ async def survived(
         if operation.call:
             group.create_task(subject.call(operation.call, operation.refusal))
         broken = await crew.broken(point)
+        if point.startswith("rotate."):
+            assert await subject.takes_the_key_handed_out(), f"{point}: the engine rejects its user"
         began = time.monotonic()
         await crew.muster(1 + stopped)
         await asyncio.to_thread(eventually, lambda: subject.is_settled(operation.after), f"{point} is survived", 60)
