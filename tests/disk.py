@@ -9,12 +9,17 @@ from pathlib import Path
 from tests.integration.docker_daemon import missing
 
 
-@contextmanager
-def disk(directory: Path, megabytes: int) -> Iterator[None]:
-    """Within the block the directory is a disk of that size."""
+def make_disk(directory: Path, megabytes: int) -> None:
+    """From here on the directory is a disk of that size."""
     if os.geteuid() != 0:
         missing("only root makes disks")
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m,mode=755", "tmpfs", directory], check=True)
+
+
+@contextmanager
+def disk(directory: Path, megabytes: int) -> Iterator[None]:
+    """Within the block it is one."""
+    make_disk(directory, megabytes)
     try:
         yield
     finally:

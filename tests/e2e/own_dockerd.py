@@ -12,7 +12,7 @@ import psutil
 from docker import APIClient
 from docker.types import IPAMConfig, IPAMPool
 
-from tests.disk import disk
+from tests.disk import make_disk
 from tests.harness import eventually
 
 
@@ -22,10 +22,12 @@ class OwnDockerd:
 
     Args:
         directory: for all that it keeps; a short path, for its sockets.
+        live_restore: its containers outlive it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, live_restore: bool = False) -> None:
         self.directory = directory
+        self._live_restore = live_restore
         self.data = directory / "data"
         self.address = f"unix://{directory}/socket"
         self.network = f"own-{secrets.token_hex(4)}"
@@ -58,6 +60,7 @@ class OwnDockerd:
             "bridge": self.bridges[0],
             "iptables": "false",
             "ip-masq": "false",
+            "live-restore": str(self._live_restore).lower(),
         }
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -115,28 +118,27 @@ class OwnDockerd:
             self.process.terminate()
             self.process.wait(60)
             mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
-            for mount in reversed(
-                [mount for mount in mounts if mount.startswith((f"{self.data}/", f"{self.directory}/exec/"))]
-            ):
+            for mount in reversed([mount for mount in mounts if mount.startswith(f"{self.directory}/")]):
                 subprocess.run(["umount", "--lazy", mount], check=True)
             for bridge in self.bridges:
                 subprocess.run(["ip", "link", "delete", bridge], check=False, capture_output=True)
 
 
 @contextmanager
-def own_dockerd(*, megabytes: int | None = None) -> Iterator[OwnDockerd]:
+def own_dockerd(*, megabytes: int | None = None, live_restore: bool = False) -> Iterator[OwnDockerd]:
     """Runs one within the block.
 
     Args:
         megabytes: room on its disk.
+        live_restore: its containers outlive it.
     """
     with ExitStack() as stack:
         directory = Path(tempfile.mkdtemp(prefix="own-dockerd-"))
         stack.callback(shutil.rmtree, directory)
-        dockerd = OwnDockerd(directory)
+        dockerd = OwnDockerd(directory, live_restore=live_restore)
         if megabytes is not None:
             dockerd.data.mkdir()
-            stack.enter_context(disk(dockerd.data, megabytes))
+            make_disk(dockerd.data, megabytes)
         dockerd.open()
         stack.callback(dockerd.close)
         yield dockerd
