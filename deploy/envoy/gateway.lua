@@ -108,7 +108,9 @@ end
 local function replace_answer(handle, method)
   local buffer = handle:body(true)
   local headers = handle:headers() -- what was fetched before the wait for the body is void
-  local status, body, retry_after = rewrite(headers, buffer and buffer:getBytes(0, buffer:length()) or "", method)
+  local answer = buffer and buffer:getBytes(0, buffer:length()) or ""
+  local status, body, retry_after = rewrite(headers, answer, method)
+  note_verdict(handle, headers:get(":status"), "", answer, method)
   keep(headers, RESPONSE_HEADERS)
   if not status then return end
   headers:replace(":status", status)
@@ -128,7 +130,17 @@ end
 
 function envoy_on_response(handle)
   local headers = handle:headers()
+  if headers:get(REFUSED_HERE) then
+    headers:remove(REFUSED_HERE)
+    -- Envoy says UNAVAILABLE.
+    if is_grpc(headers) then headers:replace("grpc-status", "8") end
+    return
+  end
+  local method = handle:streamInfo():routeName() -- each route has the name of its method
   local ok = headers:get(":status") == "200"
+  if ok then
+    note_verdict(handle, "200", headers:get("grpc-status") or "0", headers:get("grpc-message") or "", method)
+  end
   if ok and is_grpc(headers) then
     local code = headers:get("grpc-status")
     -- Envoy says UNKNOWN; the servers say RESOURCE_EXHAUSTED when they are called without a gateway.
@@ -138,7 +150,6 @@ function envoy_on_response(handle)
     -- For a REST caller the transcoder turns every gRPC status but OK into another HTTP status than 200.
     if code ~= "0" then return end
   end
-  local method = handle:streamInfo():routeName() -- each route has the name of its method
   local watch = method == "WatchEngine"
   -- OK without a message is no answer. Only a watch may end before it has seen anything.
   if ok and watch and is_grpc(headers) then return end

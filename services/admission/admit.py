@@ -138,7 +138,7 @@ class Admission:
             if product is None:
                 raise InvalidPlatformKey
         except InvalidPlatformKey:
-            await self._guesses.wrong(address())
+            self._guesses.wrong(address())
             raise
         return product
 

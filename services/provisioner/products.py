@@ -69,7 +69,7 @@ class Products:
                 self._good.pop(key_hash, None)
                 raise InvalidPlatformKey
         except InvalidPlatformKey:
-            await self._guesses.wrong(address)
+            self._guesses.wrong(address)
             raise
         self._good[key_hash] = None
         self._good.move_to_end(key_hash)
@@ -86,7 +86,7 @@ class Products:
         """
         hashed = sha256(presented[0].encode()).digest() if len(presented) == 1 else b""
         if not hmac.compare_digest(hashed, self._admin_key_hash):
-            await self._guesses.wrong(address)
+            self._guesses.wrong(address)
             raise InvalidAdminKey
 
     async def authenticate_either(

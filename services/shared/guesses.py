@@ -1,9 +1,9 @@
 """What wrong keys may cost, by the address that they come from.
 
-Every wrong key takes a token of its address. Once there is none, a call from there whose key is not known to be good is
-kept waiting and then refused, without a look-up: so whoever floods is slowed down to as many calls as they keep open,
-and everybody else's find the machine free. Who shows a key that is known to be good is not held up, from that address
-either.
+Every wrong key takes a token of its address. Once there is none, a call from there whose key is not known to be good
+waits before the key is looked up, so that only so many are looked up each second, and what more there is, is refused at
+once. The gateway takes a refusal up and makes the next ones itself. Who shows a key that is known to be good is not
+held up, from that address either.
 """
 
 import asyncio
@@ -18,8 +18,8 @@ from services.shared.errors import RateLimited
 _PER_S = 100.0
 _AT_ONCE = 1000.0
 _WAIT_S = 1.0
-# The rest is refused at once: who waits takes memory.
-_MOST_WAITING = 2000
+# As many as come in that time by a gateway that knows of the flood.
+_MOST_WAITING = 200
 _MOST_ADDRESSES = 10_000
 _NETWORK_BITS = 64
 
@@ -49,38 +49,48 @@ class Guesses:
         self._waiting = 0
 
     async def turn(self, address: str) -> None:
-        """Returns if a key from this address may be looked up.
+        """Returns once a key from this address may be looked up.
 
         Args:
             address: of IP; one of version 6 stands for its network of 64 bits.
 
         Raises:
-            RateLimited: too many were wrong.
+            RateLimited: too many were wrong, and too many wait.
         """
         bucket = self._buckets.get(_origin(address))
         if bucket is None or self._tokens(bucket) >= 1:
             return
-        if self._waiting < _MOST_WAITING:
-            self._waiting += 1
-            try:
-                await self._sleep(_WAIT_S)
-            finally:
-                self._waiting -= 1
-        raise RateLimited("too many wrong keys from this address", retry_after_s=_WAIT_S)
+        if self._waiting == _MOST_WAITING:
+            raise _too_many()
+        self._waiting += 1
+        try:
+            await self._sleep(_WAIT_S)
+        finally:
+            self._waiting -= 1
 
-    async def wrong(self, address: str) -> None:
-        """Takes note that a key from this address was wrong; raises as `turn` does."""
-        await self.turn(address)
+    def wrong(self, address: str) -> None:
+        """Takes note that a key from this address was wrong.
+
+        Raises:
+            RateLimited: so were too many before.
+        """
         origin = _origin(address)
         bucket = self._buckets.setdefault(origin, _Bucket(_AT_ONCE, self._clock()))
-        bucket.left, bucket.at = self._tokens(bucket) - 1, self._clock()
         self._buckets.move_to_end(origin)
         if len(self._buckets) > _MOST_ADDRESSES:
             self._buckets.popitem(last=False)
+        left = self._tokens(bucket)
+        if left < 1:
+            raise _too_many()
+        bucket.left, bucket.at = left - 1, self._clock()
 
     def _tokens(self, bucket: _Bucket) -> float:
-        # Looked up at one time, several may have been wrong for one token; that is no debt for ever.
-        return min(max(bucket.left, 0.0) + (self._clock() - bucket.at) * _PER_S, _AT_ONCE)
+        return min(bucket.left + (self._clock() - bucket.at) * _PER_S, _AT_ONCE)
+
+
+def _too_many() -> RateLimited:
+    # guesses.lua of the gateway knows this text.
+    return RateLimited("too many wrong keys from this address", retry_after_s=_WAIT_S)
 
 
 def _origin(address: str) -> str | int:

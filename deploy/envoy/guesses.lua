@@ -1,0 +1,80 @@
+-- Runs on every call. What comes from one address with keys that are not known to be good is passed on so many times a
+-- second, fewer once a service has refused some because too many were wrong; the rest is refused here, at a fraction of the
+-- cost. Each of Envoy's threads knows what it has seen itself.
+
+-- As many as a good key may come with before its first answer.
+local PASSED_PER_S = 500
+-- Of an address that floods. It is taken to do so for some seconds after a service has said it.
+local PASSED_OF_FLOOD_PER_S, FLOOD_S = 100, 10
+-- Of each kind so many things are remembered, and the oldest of twice as many forgotten together.
+local MOST = 10000
+REFUSED_HERE = "x-flood"
+TOO_MANY = "too many wrong keys from this address"
+-- These take no key.
+local HEALTH = {["/health"] = true, ["/september.admission.v1.AdmissionService/CheckHealth"] = true}
+local REFUSAL = '{"error":{"code":"RATE_LIMITED","message":"' .. TOO_MANY .. '"}}'
+
+local function memory()
+  local young, old, count = {}, {}, 0
+  local function get(name)
+    local value = young[name]
+    if value == nil then value = old[name] end
+    return value
+  end
+  local function set(name, value)
+    if young[name] == nil then
+      if count == MOST then young, old, count = {}, young, 0 end
+      count = count + 1
+    end
+    young[name] = value
+  end
+  return get, set
+end
+
+-- Of keys the second in which they were last good, or false; of addresses the end of their flood, and what has passed.
+local last_good, set_last_good = memory()
+local known_origin, set_origin = memory()
+
+local function origin_of(address)
+  local origin = known_origin(address)
+  if not origin then
+    origin = {flood_ends = 0, second = 0, passed = 0}
+    set_origin(address, origin)
+  end
+  return origin
+end
+
+local function passes(origin, now)
+  if origin.second ~= now then origin.second, origin.passed = now, 0 end
+  origin.passed = origin.passed + 1
+  return origin.passed <= (now < origin.flood_ends and PASSED_OF_FLOOD_PER_S or PASSED_PER_S)
+end
+
+function envoy_on_request(handle)
+  local headers = handle:headers()
+  -- A listener knows one of the two.
+  local key = headers:get("x-platform-key") or headers:get("x-admin-key") or ""
+  local now, good = os.time(), last_good(key)
+  if good == now then return end
+  local address = headers:get("x-envoy-external-address")
+  if not good and not HEALTH[headers:get(":path")] and not passes(origin_of(address), now) then
+    -- By which envoy.yaml knows what to answer as it is, and not to log.
+    headers:add("x-envoy-flood", "1")
+    handle:respond({[":status"] = "429", ["retry-after"] = "1", [REFUSED_HERE] = "1"}, is_grpc(headers) and TOO_MANY or REFUSAL)
+  end
+  handle:streamInfo():dynamicMetadata():set("september", "caller", address .. " " .. key)
+end
+
+-- What an answer says of the caller's key, and of the address that it came from.
+function note_verdict(handle, status, code, message, method)
+  local noted = handle:streamInfo():dynamicMetadata():get("september")
+  if not noted then return end
+  local address, key = noted.caller:match("^(%S+) (.*)$")
+  if status == "200" and code == "0" then
+    if method ~= "CheckHealth" then set_last_good(key, os.time()) end
+  elseif status == "401" or code == "16" then
+    if last_good(key) then set_last_good(key, false) end
+  elseif (status == "429" or code == "8") and message:find(TOO_MANY, 1, true) then
+    origin_of(address).flood_ends = os.time() + FLOOD_S
+  end
+end
