@@ -1,13 +1,14 @@
 """What Docker loses, the platform brings back: a daemon killed under engines in every state."""
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import aiohttp
 import pytest
 from docker import APIClient
 
@@ -27,6 +28,11 @@ Connect = Callable[..., Clients]
 STATUS = engine_pb2.Engine.Status
 INTERVAL_S = 5
 MARGIN_S = 5
+SETTINGS = {
+    "ORCH_PORT_MIN": "27000",
+    "ORCH_PORT_MAX": "27999",
+    "ORCH_RECONCILE_INTERVAL_S": str(INTERVAL_S),
+}
 
 
 @pytest.fixture
@@ -59,14 +65,7 @@ def platform_on(dockerd: OwnDockerd, database_url: str, directory: Path, **setti
 @pytest.fixture
 def platform(database_url: str, tmp_path: Path, dockerd: OwnDockerd) -> Iterator[DockerPlatform]:
     with platform_on(
-        dockerd,
-        database_url,
-        tmp_path,
-        ORCH_PORT_MIN="27000",
-        ORCH_PORT_MAX="27999",
-        ORCH_HEALTH_CHECK_INTERVAL_S="1",
-        ORCH_RESTART_BACKOFF_BASE_S="0.1",
-        ORCH_RECONCILE_INTERVAL_S=str(INTERVAL_S),
+        dockerd, database_url, tmp_path, **SETTINGS, ORCH_HEALTH_CHECK_INTERVAL_S="1", ORCH_RESTART_BACKOFF_BASE_S="0.1"
     ) as platform:
         yield platform
 
@@ -99,6 +98,36 @@ class Fleet:
         done = (await execute(url, self.made[user_id].api_key, "again"))[-1]
         others = [made.api_key for other, made in self.made.items() if other != user_id]
         return done["messages"] == 4 and not any([await accepted(url, key) for key in others])
+
+    @asynccontextmanager
+    async def guarded(self, user_id: str) -> AsyncIterator[None]:
+        """Within the block the user's key is tried at every leased port, over and over: it opens their engine alone."""
+        made, opened = self.made[user_id], set[str]()
+
+        async def opens(session: aiohttp.ClientSession, port: int) -> bool:
+            turn = {"message": "hello", "conversation_id": "guard"}
+            with suppress(aiohttp.ClientError, TimeoutError):
+                async with session.post(f"http://127.0.0.1:{port}/execute", json=turn) as answer:
+                    return answer.status == 200
+            return False
+
+        async def knock() -> None:
+            patience = aiohttp.ClientTimeout(total=0.5)
+            async with aiohttp.ClientSession(headers={"X-Engine-Key": made.api_key}, timeout=patience) as session:
+                while True:
+                    leases = await asyncio.to_thread(self.platform.query, "SELECT engine_id, port FROM port_leases")
+                    answers = await asyncio.gather(*(opens(session, port) for _, port in leases))
+                    opened.update(str(lease[0]) for lease, answer in zip(leases, answers, strict=True) if answer)
+
+        knocking = asyncio.create_task(knock())
+        try:
+            yield
+            await self.until(lambda: opened or knocking.done(), "the user's engine is found")
+        finally:
+            knocking.cancel()
+            await asyncio.wait([knocking])
+        assert knocking.cancelled()
+        assert opened == {made.engine_id}
 
     def rows(self) -> dict[str, tuple[str, bool]]:
         rows = self.platform.query("SELECT user_id, status, deep_asleep FROM engines")
@@ -154,8 +183,16 @@ async def test_a_killed_daemon_and_engines_in_all_states(
     assert {states[user_id] for user_id in frozen} == {"paused"}
     assert len(volumes) == 20
 
-    dockerd.kill()
-    dockerd.start()
+    async with fleet.guarded(running[0]):
+        await asyncio.to_thread(dockerd.kill)
+        await asyncio.to_thread(dockerd.start)
+        await back(fleet, running, frozen, deep, stopped, volumes)
+
+
+async def back(
+    fleet: Fleet, running: list[str], frozen: list[str], deep: list[str], stopped: list[str], volumes: set[str]
+) -> None:
+    """Waits until all is as it was, or may be."""
     assert set(fleet.states().values()) == {"exited"}
 
     def rows_are_true() -> bool:
@@ -187,7 +224,40 @@ async def test_a_killed_daemon_and_engines_in_all_states(
         assert await fleet.remembers(user_id, (await fleet.user(user_id).admit(auto_wake=True)).engine.url)
     for user_id in stopped:
         assert await fleet.remembers(user_id, (await fleet.user(user_id).call("Start")).url)
-    assert set(platform.counts().values()) == {20}
+    assert set(fleet.platform.counts().values()) == {20}
+
+
+@pytest.mark.long
+async def test_with_live_restore_a_killed_daemon_ends_no_engine(
+    docker_api: APIClient, images: None, database_url: str, tmp_path: Path, connect: Connect
+) -> None:
+    with own_dockerd(live_restore=True) as dockerd:
+        dockerd.load(IMAGE)
+        with platform_on(dockerd, database_url, tmp_path, **SETTINGS, ORCH_HEALTH_CHECK_INTERVAL_S="3600") as platform:
+            first = platform.provisioner()
+            clients = connect(platform, first, platform.admission(first))
+            fleet = Fleet(platform, clients, await clients.register(), {})
+            await fleet.provision("running", "frozen")
+            await fleet.each("Sleep", ["frozen"])
+
+            def lives() -> list[tuple[int, str]]:
+                shown = [platform.api.inspect_container(f"engine-{made.engine_id}") for made in fleet.made.values()]
+                return [(one["State"]["Pid"], one["State"]["StartedAt"]) for one in shown]
+
+            before = lives()
+            async with fleet.guarded("running"):
+                await asyncio.to_thread(dockerd.kill)
+                await asyncio.to_thread(dockerd.start)
+                assert lives() == before
+                # It looks at everything before it serves.
+                second = await asyncio.to_thread(platform.provisioner)
+                fleet.clients = connect(platform, second, platform.admission(second))
+                for user_id in fleet.made:
+                    engine = (await fleet.user(user_id).admit(auto_wake=True)).engine
+                    assert await fleet.remembers(user_id, engine.url)
+            assert lives() == before
+            assert platform.query("SELECT kind FROM operations WHERE kind NOT IN ('provision', 'sleep', 'wake')") == []
+            assert set(platform.counts().values()) == {2}
 
 
 async def test_a_container_that_died_unseen_is_made_anew(
