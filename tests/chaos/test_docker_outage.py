@@ -6,13 +6,20 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
+from typing import cast
 
 import pytest
 
+from services.shared.failpoints import Point
+from tests.chaos.crew import Crew
 from tests.chaos.load import admit
+from tests.chaos.operations import OPERATIONS
+from tests.chaos.oracle import oracle
 from tests.chaos.outage import Callers, during
 from tests.chaos.score_card import Score
+from tests.chaos.subject import Subject
 from tests.e2e.own_dockerd import OwnDockerd
 from tests.e2e.test_docker import DockerPlatform, images
 from tests.e2e.test_docker_restart import dockerd, platform_on
@@ -107,3 +114,35 @@ async def test_without_docker_whoever_needs_it_is_told_in_time(
         await asyncio.to_thread(dockerd.start)
         await callers.recovery_s()
     assert running.outcomes().keys() == {"admitted"}
+
+
+@pytest.mark.long
+async def test_a_daemon_killed_while_a_provisioner_stands_at_a_failpoint_costs_nothing(
+    platform: DockerPlatform, dockerd: OwnDockerd
+) -> None:
+    platform.environment["ORCH_RECONCILE_INTERVAL_S"] = "2"
+    crew = Crew(platform)
+    await crew.muster(1)
+    product = await crew.clients()[0].register()
+    for name, point in (
+        ("provision", "boot.created"),
+        ("provision", "boot.starting"),
+        ("start", "boot.started"),
+        ("wake", "boot.thawed"),
+        ("stop", "stop.signalled"),
+        ("destroy", "docker.container_removed"),
+    ):
+        operation, subject = OPERATIONS[name], Subject(crew, product)
+        await subject.prepare(*operation.prepared)
+        crew.break_at(cast(Point, point), "SIGSTOP")
+        async with asyncio.TaskGroup() as group:
+            group.create_task(subject.call(operation.call))
+            stopped = await crew.broken(cast(Point, point))
+            await asyncio.to_thread(dockerd.kill)
+            await asyncio.to_thread(dockerd.start)
+            stopped.process.send_signal(signal.SIGCONT)
+        await asyncio.to_thread(eventually, partial(subject.is_settled, operation.after), f"{point} is survived", 60)
+        oracle(platform)
+        assert not await subject.lost(), (name, point)
+        await subject.end()
+    await crew.close()
