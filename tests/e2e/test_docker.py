@@ -28,6 +28,7 @@ from services.provisioner.backends.hardening import deviations
 from tests.canaries import Canaries
 from tests.harness import ROOT, Clients, Platform, Product, eventually, reason
 from tests.integration.docker_daemon import docker_api, remove_all
+from tests.integration.test_isolation import needs_root, run
 
 __all__ = ["docker_api"]
 
@@ -411,3 +412,49 @@ async def test_an_engine_is_always_made_of_the_image_that_it_was_made_of_first(
     finally:
         await clients.provisioner.DestroyEngine(pb.DestroyEngineRequest(user_id="u1"), metadata=product.metadata)
         platform.api.remove_image(name)
+
+
+@pytest.fixture
+def network(platform: DockerPlatform) -> Iterator[str]:
+    """The name of a network that only this test's engines are in."""
+    name = f"september-test-{uuid4().hex}"
+    platform.environment["ORCH_ENGINE_NETWORK"] = name
+    yield name
+    platform.close()
+    remove_all(platform.api, platform.installation())
+    platform.api.remove_network(name)
+
+
+@needs_root
+async def test_engines_that_the_prober_is_cut_off_from_are_left_alone(
+    platform: DockerPlatform, network: str, connect: Connect
+) -> None:
+    provisioner = platform.provisioner(
+        ORCH_HEALTH_CHECK_INTERVAL_S="1", ORCH_HEALTH_CHECK_TIMEOUT_S="0.5", ORCH_RECONCILE_INTERVAL_S="3600"
+    )
+    clients = connect(platform, provisioner)
+    product = await clients.register()
+    made = await asyncio.gather(*(provision(clients, product, f"u{n}") for n in range(4)))
+
+    def instances() -> list[tuple[str, str]]:
+        shown = [platform.api.inspect_container(f"engine-{engine.engine_id}") for engine in made]
+        return [(one["Id"], one["State"]["StartedAt"]) for one in shown]
+
+    def is_ill() -> bool:
+        return [event["event"] for event in provisioner.events()].count("prober_ill") > 4
+
+    before = instances()
+    shown = platform.api.inspect_network(network)
+    bridge = shown["Options"].get("com.docker.network.bridge.name", f"br-{shown['Id'][:12]}")
+    rule = ["INPUT", "--in-interface", bridge, "--jump", "DROP"]
+    run("iptables", "--wait", "5", "--insert", *rule)
+    try:
+        await asyncio.to_thread(eventually, is_ill, "the prober is ill for longer than it may be")
+        assert platform.query("SELECT DISTINCT status FROM engines") == [("running",)]
+    finally:
+        run("iptables", "--wait", "5", "--delete", *rule)
+    [(moment,)] = platform.query("SELECT clock_timestamp()")
+    well = "SELECT FROM engines WHERE status = 'running' AND last_health_at > %s HAVING count(*) = 4"
+    await asyncio.to_thread(eventually, lambda: platform.query(well, moment), "all are well")
+    assert instances() == before
+    assert platform.query("SELECT DISTINCT action FROM audit_events WHERE engine_id IS NOT NULL") == [("provision",)]
