@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.chaos.clock import Clock, clock
+from tests.chaos.oracle import oracle
 from tests.chaos.own_postgres import own_postgres
 from tests.chaos.score_card import Score
-from tests.harness import Clients, running_platform
+from tests.harness import Clients, eventually, running_platform
+from tests.integration.test_life_cycle import User
 from tests.integration.test_rate_limit import open_field
 from tests.integration.test_rate_limit_minute import LIMIT, MINUTE_S, Load
 
@@ -23,6 +25,7 @@ Extent = Callable[[int, int], int]
 
 REPLICAS = 8
 HOURS = (-1, 0, 1)
+COUNTED = {"ORCH_PORT_MIN": "23500", "ORCH_PORT_MAX": "23999", "ORCH_ENGINE_IMAGE": "tests.engines.counted"}
 
 
 def clocks(stack: ExitStack, replicas: int) -> list[Clock]:
@@ -48,6 +51,55 @@ async def test_in_no_second_more_than_the_limit_whatever_the_clocks_say(
                     own.set(chance.choice(HOURS))
                 await field.all_used()
             field.check()
+
+
+async def test_steps_of_the_registrys_clock_start_no_engine_twice_and_hold_none_up(
+    tmp_path: Path, connect: Connect, seed: int, extent: Extent
+) -> None:
+    chance, engines = random.Random(seed), extent(5, 80)
+    with ExitStack() as stack:
+        # Not those of Provisioners: under the library Python's sleep may fail when a clock is set.
+        registrys = stack.enter_context(clock())
+        postgres = stack.enter_context(own_postgres(environment=registrys.environment))
+        platform = stack.enter_context(running_platform(postgres.url, tmp_path, **COUNTED))
+        clients = [connect(platform, platform.provisioner()) for _ in range(2)]
+        product = await clients[0].register()
+        async with asyncio.timeout(60), asyncio.TaskGroup() as group:
+            for number in range(engines):
+                user = User(chance.choice(clients), product, f"u{number}")
+                booting = group.create_task(user.call("Provision"))
+                registrys.set(chance.choice(HOURS))
+                # Most boots take longer, and meet several steps.
+                await asyncio.wait([booting], timeout=0.2)
+        await asyncio.to_thread(oracle, platform)
+        starts = [
+            (platform.volume(engine_id) / "starts").read_text().splitlines()
+            for (engine_id,) in platform.query("SELECT engine_id FROM engines")
+        ]
+        assert [len(one) for one in starts] == [1] * engines
+
+
+async def test_what_was_leased_before_the_clock_was_set_back_is_taken_over_all_the_same(
+    tmp_path: Path, connect: Connect
+) -> None:
+    with ExitStack() as stack:
+        registrys = stack.enter_context(clock())
+        postgres = stack.enter_context(own_postgres(environment=registrys.environment))
+        platform = stack.enter_context(running_platform(postgres.url, tmp_path, **COUNTED))
+        registrys.set(1)
+        dead = platform.provisioner()
+        clients = connect(platform, dead)
+        booting = asyncio.ensure_future(User(clients, await clients.register()).call("Provision"))
+        leased = "SELECT 1 FROM operations, loop_leases WHERE operations.owner IS NOT NULL HAVING count(*) = 5"
+        await asyncio.to_thread(eventually, lambda: platform.query(leased), "all is leased")
+        dead.kill()
+        registrys.set(0)
+        await asyncio.wait([booting])
+        assert booting.exception() is not None
+        platform.provisioner()
+        await asyncio.to_thread(oracle, platform)
+        ahead = "SELECT 1 FROM loop_leases WHERE lease_until > clock_timestamp() + interval '1 minute'"
+        await asyncio.to_thread(eventually, lambda: not platform.query(ahead), "every loop is led again")
 
 
 @pytest.mark.long
