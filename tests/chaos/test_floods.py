@@ -23,8 +23,8 @@ from services.shared.keys import new_platform_key
 from tests.e2e.gateway_process import Gateway, Inside, eventually, running_gateway
 from tests.harness import ROOT, Clients, Platform, Product
 
-# Calls that pile up take more within seconds.
-MOST_MEMORY = 256 * 2**20
+# Calls that pile up take more in the end; where processors run short some always do.
+MOST_MEMORY = 512 * 2**20
 
 
 @dataclass(frozen=True)
