@@ -333,3 +333,43 @@ async def test_an_existing_engine_is_woken_whatever_may_be_provisioned_now(clien
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await other.admit(auto_provision=True)
     assert reason(error.value) == "POLICY_DENIED"
+
+
+RUNS, RUNS_NOT = "ENGINE_ALREADY_RUNNING", "ENGINE_NOT_RUNNING"
+
+
+@pytest.mark.parametrize(
+    ("status", "refused"),
+    [
+        ("running", {"Start": RUNS, "Wake": RUNS}),
+        ("sleeping", {"Sleep": RUNS_NOT, "Rotate": RUNS_NOT}),
+        ("stopped", {"Stop": RUNS_NOT, "Sleep": RUNS_NOT, "Wake": RUNS_NOT, "Rotate": RUNS_NOT}),
+        ("failed", {"Sleep": RUNS_NOT, "Wake": RUNS_NOT, "Rotate": RUNS_NOT}),
+    ],
+)
+async def test_in_every_status_all_that_is_asked_is_done_or_refused_in_time_and_destroy_is_legal_after_it(
+    status: str, refused: dict[str, str], clients: Clients, shared: Shared
+) -> None:
+    product = await clients.register()
+
+    async def refusal(verb: str) -> str | None:
+        user = User(clients, product, verb)
+        made = await user.call("Provision")
+        if status == "sleeping":
+            await user.sleep()
+        elif status == "stopped":
+            await user.call("Stop")
+        shared[0].query("UPDATE engines SET status = %s WHERE engine_id = %s", status, UUID(made.engine_id))
+        calls = {"Sleep": user.sleep, "Rotate": user.rotate, "Admit": user.admit}
+        try:
+            async with asyncio.timeout(10):
+                await (calls[verb]() if verb in calls else user.call(verb))
+            return None
+        except grpc.aio.AioRpcError as error:
+            return reason(error)
+        finally:
+            await user.call("Destroy")
+
+    verbs = ("Start", "Stop", "Sleep", "Wake", "Rotate", "Admit")
+    refusals = dict(zip(verbs, await asyncio.gather(*map(refusal, verbs)), strict=True))
+    assert {verb: code for verb, code in refusals.items() if code} == refused
