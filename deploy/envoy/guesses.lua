@@ -2,10 +2,11 @@
 -- second, fewer once a service has refused some because too many were wrong; the rest is refused here, at a fraction of the
 -- cost. Each of Envoy's threads knows what it has seen itself.
 
--- As many as a good key may come with before its first answer.
-local PASSED_PER_S = 500
--- Of an address that floods. It is taken to do so for some seconds after a service has said it.
-local PASSED_OF_FLOOD_PER_S, FLOOD_S = 100, 10
+-- 500 a second, and as many at once: a good key may come with these before its first answer.
+local APART_MS, AT_ONCE = 2, 500
+-- Of an address that floods: 100 a second, evenly, since a crowd of them would hold others up. It is taken to do so for some
+-- seconds after a service has said it.
+local APART_OF_FLOOD_MS, AT_ONCE_OF_FLOOD, FLOOD_S = 10, 5, 10
 -- Of each kind so many things are remembered, and the oldest of twice as many forgotten together.
 local MOST = 10000
 REFUSED_HERE = "x-flood"
@@ -31,23 +32,26 @@ local function memory()
   return get, set
 end
 
--- Of keys the second in which they were last good, or false; of addresses the end of their flood, and what has passed.
+-- Of keys the second in which they were last good, or false; of addresses the end of their flood, and when the next may pass.
 local last_good, set_last_good = memory()
 local known_origin, set_origin = memory()
 
 local function origin_of(address)
   local origin = known_origin(address)
   if not origin then
-    origin = {flood_ends = 0, second = 0, passed = 0}
+    origin = {flood_ends = 0, due_ms = 0}
     set_origin(address, origin)
   end
   return origin
 end
 
-local function passes(origin, now)
-  if origin.second ~= now then origin.second, origin.passed = now, 0 end
-  origin.passed = origin.passed + 1
-  return origin.passed <= (now < origin.flood_ends and PASSED_OF_FLOOD_PER_S or PASSED_PER_S)
+local function passes(origin, now, now_ms)
+  local apart_ms, at_once = APART_MS, AT_ONCE
+  if now < origin.flood_ends then apart_ms, at_once = APART_OF_FLOOD_MS, AT_ONCE_OF_FLOOD end
+  local due_ms = math.max(origin.due_ms, now_ms - at_once * apart_ms)
+  if due_ms > now_ms then return false end
+  origin.due_ms = due_ms + apart_ms
+  return true
 end
 
 function envoy_on_request(handle)
@@ -57,7 +61,7 @@ function envoy_on_request(handle)
   local now, good = os.time(), last_good(key)
   if good == now then return end
   local address = headers:get("x-envoy-external-address")
-  if not good and not HEALTH[headers:get(":path")] and not passes(origin_of(address), now) then
+  if not good and not HEALTH[headers:get(":path")] and not passes(origin_of(address), now, handle:timestamp()) then
     -- By which envoy.yaml knows what to answer as it is, and not to log.
     headers:add("x-envoy-flood", "1")
     handle:respond({[":status"] = "429", ["retry-after"] = "1", [REFUSED_HERE] = "1"}, is_grpc(headers) and TOO_MANY or REFUSAL)

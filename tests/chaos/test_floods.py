@@ -119,9 +119,6 @@ async def test_who_floods_with_wrong_keys_is_refused_and_others_of_the_same_addr
         f"p99 {median(calm) * 1e3:.1f} ms, with {median(sent_per_s):.0f} wrong keys a second, of which"
         f" {median(answered_per_s):.0f} were answered, {median(flooded) * 1e3:.1f} ms"
     )
-    if windows > 1:
-        # Of one window alone the noise of the machine would decide.
-        assert median(flooded) < 2 * median(calm)
 
 
 async def test_of_a_flood_the_gateway_passes_little_on_and_good_keys_get_in(scene: Scene) -> None:
