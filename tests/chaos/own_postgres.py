@@ -106,10 +106,13 @@ class OwnPostgres:
         """Within the block it does nothing, and its connections stay open."""
         processes = self._processes()
         for process in processes:
-            process.suspend()
+            # One that is about to end goes its way.
+            with suppress(psutil.NoSuchProcess):
+                process.suspend()
         yield
         for process in processes:
-            process.resume()
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
 
     @contextmanager
     def full(self) -> Iterator[None]:
