@@ -1,7 +1,7 @@
 """The score card: what the chaos suite measures, beside what was promised.
 
 Plain `pytest` runs the suite's short form. `--full` runs it whole, with three seeds, and if every
-figure was measured writes the card into docs/reliability.md. `--seed N` replays one seed.
+figure was measured writes the card into docs/reliability.md, and what failed. `--seed N` replays one seed.
 """
 
 from collections import defaultdict
@@ -46,8 +46,8 @@ class _Measured(NamedTuple):
 
 
 _measured: defaultdict[str, list[_Measured]] = defaultdict(list)
-# Tests that say nothing of what they were to measure.
-_silent: list[str] = []
+# Tests that failed or were skipped: what they were to measure beside the figures is not shown.
+_silent: dict[str, None] = {}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -85,7 +85,7 @@ def score(record_property: Callable[[str, object], None]) -> Score:
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.nodeid.startswith("tests/chaos/") and not report.passed:
-        _silent.append(report.nodeid)
+        _silent[report.nodeid] = None
     if report.when == "call":
         for name, noted in report.user_properties:
             if name == "score":
@@ -103,10 +103,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         if figure in _measured or config.option.full:
             terminalreporter.line("  |  ".join((figure, *row)))
     if _whole(config):
-        if _silent:
-            terminalreporter.line(f"not written, because these failed or were skipped: {', '.join(_silent)}")
-        else:
-            _write(_DOCUMENT, card)
+        _write(_DOCUMENT, card)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -133,4 +130,6 @@ def _write(document: Path, card: list[tuple[str, str, str, str]]) -> None:
     _, after = rest.split(_END)
     rows = "\n".join(f"| {' | '.join(row)} |" for row in card)
     table = f"| figure | target | measured | verdict |\n|---|---|---|---|\n{rows}"
-    document.write_text(f"{before}{_BEGIN}\n\n{table}\n\n{_END}{after}")
+    names = ", ".join(f"`{nodeid.partition('::')[2]}`" for nodeid in _silent)
+    ending = f"Failed or skipped: {names}." if names else "All tests passed."
+    document.write_text(f"{before}{_BEGIN}\n\n{table}\n\n{ending}\n\n{_END}{after}")

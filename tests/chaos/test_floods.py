@@ -21,7 +21,7 @@ from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceSt
 from september.provisioner.v1.provisioner_service_pb2 import ProvisionEngineRequest
 from services.cli.gateway import Lane
 from services.shared.keys import new_platform_key
-from tests.e2e.gateway_process import Gateway, Inside, eventually, running_gateway
+from tests.e2e.gateway_process import DEADLINE_S, Gateway, Inside, eventually, running_gateway
 from tests.harness import ROOT, Clients, Platform, Product
 
 # Calls that pile up take more in the end; where processors run short some always do.
@@ -55,15 +55,18 @@ class Scene:
             await flooder.wait()
 
     async def p99_s(self, calls: int, session: aiohttp.ClientSession) -> float:
-        """Of calls with a good key, 200 a second, all of which are admitted."""
+        """Of calls with a good key, 200 a second, all admitted; where no processor is idle, not at once."""
 
         async def call() -> float:
             began = perf_counter()
             headers = {"x-platform-key": self.product.key}
-            async with session.post(f"http://{self.gateway.address}/engines/ada/admit", headers=headers) as answer:
-                assert answer.status == 200, await answer.text()
-                assert (await answer.json())["admitted"]
-            return perf_counter() - began
+            while perf_counter() < began + DEADLINE_S:
+                async with session.post(f"http://{self.gateway.address}/engines/ada/admit", headers=headers) as answer:
+                    if answer.status != 503:
+                        assert answer.status == 200, await answer.text()
+                        assert (await answer.json())["admitted"]
+                        return perf_counter() - began
+            raise TimeoutError
 
         began, under_way = perf_counter(), []
         for number in range(calls):
