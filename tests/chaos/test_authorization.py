@@ -47,8 +47,8 @@ OF_OPERATORS = {
     or path.endswith(("/ListEngines", "/ListAuditEvents", "/GetFleetStatus", "/GetFleetMetrics"))
 }
 OF_PRODUCTS = {path for path in DESCRIPTORS if "ProductService" not in path and not path.endswith("/EnsureEngine")}
-# In which replicas say that they are there, whether anybody calls or not.
-REPLICAS = {"admission_replicas", "loop_leases", "rate_replicas"}
+# In which replicas say that they are there, and sums are made of what was counted, whether anybody calls or not.
+UNCALLED = {"admission_replicas", "loop_leases", "rate_replicas", "counts"}
 
 Headers = list[tuple[str, str]]
 
@@ -114,9 +114,9 @@ class Scene:
         """Every row, with the transaction that wrote it, by table."""
         query = self.platform.query
         tables = {name for (name,) in query("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")}
-        assert tables > REPLICAS
+        assert tables > UNCALLED
         return {
-            table: query(f"SELECT xmin::text, t::text FROM {table} t ORDER BY t::text") for table in tables - REPLICAS
+            table: query(f"SELECT xmin::text, t::text FROM {table} t ORDER BY t::text") for table in tables - UNCALLED
         }
 
     async def grpc(self, channel: grpc.aio.Channel, way: str, path: str, caller: Caller, wanted: str) -> None:

@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from uuid import uuid4
 
 import psutil
 import pytest
 
 from services.provisioner.backends.base import EngineSpec, Instance, InstanceState, PortTaken
+from services.provisioner.backends.engine_processes import EngineProcesses
 from services.shared.errors import BackendError, Unavailable
+from tests.harness import ROOT
 from tests.integration.backend_rigs import ProcessRig, answers, spec_for, until
 
 
@@ -272,3 +275,12 @@ async def test_a_stop_ends_the_whole_group(process_rig: ProcessRig) -> None:
 
     await backend.stop(spec.engine_id, grace_s=10)
     assert process_rig.processes(spec.engine_id, leaders=False) == []
+
+
+def test_engines_that_were_found_stay_as_they_are_while_another_is_spawned(tmp_path: Path) -> None:
+    processes, engine_id = EngineProcesses(secrets.token_hex(8)), uuid4()
+    found = processes.engines()
+    processes.spawn(engine_id, 1, "tests.engines.deaf", os.environ, ROOT, tmp_path / "log")
+    assert processes.find(engine_id) is not None
+    assert found == {}
+    processes.kill(engine_id, 10)

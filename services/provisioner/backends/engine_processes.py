@@ -101,7 +101,8 @@ class EngineProcesses:
         for one in self._scan():
             if one.leads:
                 found.setdefault(one.engine_id, one)
-        self._seen = found
+        # Not what is returned: another thread may spawn one while the caller goes through these.
+        self._seen = found.copy()
         return found
 
     def signal_all(self, engine_id: UUID, signum: signal.Signals) -> None:
