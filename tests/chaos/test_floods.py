@@ -121,7 +121,8 @@ async def test_who_floods_with_wrong_keys_is_refused_and_others_of_the_same_addr
                 output, _ = await flood.communicate(b"")
             report = json.loads(output)
             answers = report["answers"]
-            assert set(answers) == {"INVALID_PLATFORM_KEY", "RATE_LIMITED"}
+            # Where no processor is idle some get no answer in time.
+            assert set(answers) - {"UNAVAILABLE"} == {"INVALID_PLATFORM_KEY", "RATE_LIMITED"}
             assert answers["INVALID_PLATFORM_KEY"] <= 1000 + 100 * report["seconds"]
             sent_per_s.append(report["sent"] / report["seconds"])
             answered_per_s.append(sum(answers.values()) / report["seconds"])

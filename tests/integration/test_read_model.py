@@ -313,8 +313,9 @@ async def test_admits_of_a_running_engine_write_nothing_and_notify_nobody(known:
         await asyncio.to_thread(platform.replicas_know)
         seconds, after = time.monotonic() - begun, counted()
         assert (after[0], heard) == (changes, [])
-        assert after[1] - written < 20 * seconds
-        assert after[2] - committed < 60 * seconds
+        # The limiter asks for a share of many at once.
+        assert after[1] - written < 2000 / 20 + 20 * seconds
+        assert after[2] - committed < 2000 / 20 + 60 * seconds
         await known.user.call("Stop")
         assert counted()[0] > changes
         assert {notify.channel for notify in heard} == {"changes", "operations", "steps"}

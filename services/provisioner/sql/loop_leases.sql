@@ -1,7 +1,7 @@
 -- name: hold
 -- Taken when it is free, and renewed when it is ours. The clock is read after the wait for the row,
--- and of two who want a free lease the second finds it taken. No lease holds for twice as long: such a
--- one is of before the clock was set back.
+-- and of two who want a free lease the second finds it taken. No lease holds for as long as that: such
+-- a one is of before the clock was set back.
 INSERT INTO loop_leases (name, owner, term, lease_until)
 VALUES (%(name)s, %(owner)s, 1, clock_timestamp() + make_interval(secs => %(lease_s)s))
 ON CONFLICT (name) DO UPDATE
@@ -9,7 +9,7 @@ SET owner = excluded.owner,
     term = loop_leases.term + (loop_leases.owner <> excluded.owner)::integer,
     lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s)
 WHERE loop_leases.owner = excluded.owner OR loop_leases.lease_until
-    NOT BETWEEN clock_timestamp() AND clock_timestamp() + 2 * make_interval(secs => %(lease_s)s)
+    NOT BETWEEN clock_timestamp() AND clock_timestamp() + interval '10 minutes'
 RETURNING term
 
 -- name: lock_term

@@ -37,7 +37,7 @@ WHERE operation_id = ANY(%(operation_ids)s) AND (finished_at IS NOT NULL OR quar
 -- name: claim_operations
 -- In each queue the products take turns: an operation comes after as many of any other product as
 -- its own has under way and waiting before it. What is nobody's comes last.
--- Nothing waits, or is leased, for as long as that: such moments are of before the clock was set back.
+-- Nothing waits, or is leased, by a backup either, for as long as that: such moments are of before the clock was set back.
 -- Materialized: a plan that ran the choice more than once would take more than there is room for.
 WITH due AS MATERIALIZED (
     SELECT taken.id
@@ -52,8 +52,7 @@ WITH due AS MATERIALIZED (
                 FROM operations
                 WHERE node = %(node)s AND queue = room.queue AND finished_at IS NULL AND quarantined_at IS NULL
                     AND not_before NOT BETWEEN clock_timestamp() AND clock_timestamp() + interval '1 minute'
-                    AND (owner IS NULL OR lease_until NOT BETWEEN clock_timestamp()
-                        AND clock_timestamp() + 2 * make_interval(secs => %(lease_s)s))
+                    AND (owner IS NULL OR lease_until NOT BETWEEN clock_timestamp() AND clock_timestamp() + interval '10 minutes')
                     AND operation_id <> ALL(%(running)s) AND kind = ANY(%(kinds)s) AND step = ANY(%(steps)s)
             ) AS waiting
             LEFT JOIN (
@@ -67,8 +66,8 @@ WITH due AS MATERIALIZED (
             LIMIT room.places + 16
         ) AS next
         JOIN operations ON operation_id = next.id
-        WHERE finished_at IS NULL AND (owner IS NULL OR lease_until NOT BETWEEN clock_timestamp()
-            AND clock_timestamp() + 2 * make_interval(secs => %(lease_s)s))
+        WHERE finished_at IS NULL
+            AND (owner IS NULL OR lease_until NOT BETWEEN clock_timestamp() AND clock_timestamp() + interval '10 minutes')
         ORDER BY unowned, turn, next.not_before
         LIMIT room.places
         FOR UPDATE OF operations SKIP LOCKED
