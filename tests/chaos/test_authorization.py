@@ -52,6 +52,9 @@ UNCALLED = {"admission_replicas", "loop_leases", "rate_replicas", "counts"}
 
 Headers = list[tuple[str, str]]
 
+# Who is told so with a key that may be right comes again.
+TOO_MANY, RETRY_AFTER_S = "too many wrong keys", 1
+
 
 @dataclass(frozen=True)
 class Caller:
@@ -142,6 +145,9 @@ class Scene:
                 answer = await unary(request, metadata=metadata, timeout=30)
             outcome = "OK"
         except grpc.aio.AioRpcError as error:
+            if TOO_MANY in (error.details() or ""):
+                await asyncio.sleep(RETRY_AFTER_S)
+                return await self.grpc(channel, way, path, caller, wanted)
             absent = error.code() is grpc.StatusCode.UNIMPLEMENTED
             outcome, answer = ABSENT if absent else reason(error), str(error).encode()
         self.note(way, path, caller, outcome, wanted, b"" if wanted == SERVED else answer)
@@ -157,6 +163,9 @@ class Scene:
         body = fields.get("policy", {}) if target.endswith("/policy") else fields
         encoded = None if verb == "GET" else json.dumps(body).encode()
         answer = await gateway.rest(verb, target, encoded, caller.headers, listener=listener)
+        if TOO_MANY.encode() in answer.body:
+            await asyncio.sleep(RETRY_AFTER_S)
+            return await self.rest(gateway, listener, way, path, caller, wanted)
         outcome = "OK" if answer.status == 200 else answer.error()[1]
         if outcome == "ROUTE_NOT_FOUND":
             outcome = ABSENT
