@@ -47,8 +47,10 @@ OF_OPERATORS = {
     or path.endswith(("/ListEngines", "/ListAuditEvents", "/GetFleetStatus", "/GetFleetMetrics"))
 }
 OF_PRODUCTS = {path for path in DESCRIPTORS if "ProductService" not in path and not path.endswith("/EnsureEngine")}
-# In which replicas say that they are there, and sums are made of what was counted, whether anybody calls or not.
-UNCALLED = {"admission_replicas", "loop_leases", "rate_replicas", "counts"}
+# In which replicas say that they are there, whether anybody calls or not.
+REPLICAS = {"admission_replicas", "loop_leases", "rate_replicas"}
+# What was counted is added up meanwhile, and remains the same.
+COUNTED = "SELECT product_id, name, sum(n) FROM counts GROUP BY 1, 2 HAVING sum(n) <> 0 ORDER BY 1, 2"
 
 Headers = list[tuple[str, str]]
 
@@ -114,13 +116,13 @@ class Scene:
         self.cells[way, path, caller.name] = (right, f"{outcome}, not {wanted}")
 
     def rows(self) -> dict[str, list[tuple[Any, ...]]]:
-        """Every row, with the transaction that wrote it, by table."""
+        """Every row, with the transaction that wrote it, by table; what is counted, in sums."""
         query = self.platform.query
         tables = {name for (name,) in query("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")}
-        assert tables > UNCALLED
-        return {
-            table: query(f"SELECT xmin::text, t::text FROM {table} t ORDER BY t::text") for table in tables - UNCALLED
-        }
+        assert tables > {*REPLICAS, "counts"}
+        written = tables - REPLICAS - {"counts"}
+        rows = {table: query(f"SELECT xmin::text, t::text FROM {table} t ORDER BY t::text") for table in written}
+        return {**rows, "counts": query(COUNTED)}
 
     async def grpc(self, channel: grpc.aio.Channel, way: str, path: str, caller: Caller, wanted: str) -> None:
         request = b""
