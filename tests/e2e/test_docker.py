@@ -28,7 +28,7 @@ from services.provisioner.backends.hardening import deviations
 from tests.canaries import Canaries
 from tests.harness import ROOT, Clients, Platform, Product, eventually, reason
 from tests.integration.docker_daemon import docker_api, remove_all
-from tests.integration.test_isolation import needs_root, run
+from tests.integration.test_isolation import bridge_of, iptables, needs_root
 
 __all__ = ["docker_api"]
 
@@ -198,10 +198,6 @@ METADATA = "169.254.169.254"
 def packets_to(address: str) -> Iterator[Callable[[], int]]:
     """Tells within the block how many packets to the address have been sent by this host or passed on by it."""
     chain = f"COUNTS-{uuid4().hex[:12]}"
-
-    def iptables(*arguments: str) -> str:
-        command = ["iptables", "--wait", "5", *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
     def packets() -> int:
         return int(iptables("-nvxL", chain).splitlines()[2].split()[0])
@@ -444,15 +440,13 @@ async def test_engines_that_the_prober_is_cut_off_from_are_left_alone(
         return [event["event"] for event in provisioner.events()].count("prober_ill") > 4
 
     before = instances()
-    shown = platform.api.inspect_network(network)
-    bridge = shown["Options"].get("com.docker.network.bridge.name", f"br-{shown['Id'][:12]}")
-    rule = ["INPUT", "--in-interface", bridge, "--jump", "DROP"]
-    run("iptables", "--wait", "5", "--insert", *rule)
+    rule = ["INPUT", "--in-interface", bridge_of(platform.api, network), "--jump", "DROP"]
+    iptables("--insert", *rule)
     try:
         await asyncio.to_thread(eventually, is_ill, "the prober is ill for longer than it may be")
         assert platform.query("SELECT DISTINCT status FROM engines") == [("running",)]
     finally:
-        run("iptables", "--wait", "5", "--delete", *rule)
+        iptables("--delete", *rule)
     [(moment,)] = platform.query("SELECT clock_timestamp()")
     well = "SELECT FROM engines WHERE status = 'running' AND last_health_at > %s HAVING count(*) = 4"
     await asyncio.to_thread(eventually, lambda: platform.query(well, moment), "all are well")

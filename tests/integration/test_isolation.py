@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from docker import APIClient
 from docker.errors import NotFound
 from structlog.testing import capture_logs
 
@@ -49,20 +50,29 @@ def gateway(rig: DockerRig) -> str:
     return str(rig.api.inspect_network(rig.network)["IPAM"]["Config"][0]["Gateway"])
 
 
-def run(*command: str) -> None:
-    subprocess.run(command, check=True, capture_output=True)
+def bridge_of(api: APIClient, network: str) -> str:
+    """Its interface on this host."""
+    shown = api.inspect_network(network)
+    return str(shown["Options"].get("com.docker.network.bridge.name", f"br-{shown['Id'][:12]}"))
+
+
+def run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def iptables(*arguments: str) -> str:
+    return run("iptables", "--wait", "5", *arguments)
 
 
 @pytest.fixture
 def guard(docker_rig: DockerRig) -> Iterator[None]:
     """Takes back what `isolate` writes."""
     yield
-    network = docker_rig.api.inspect_network(docker_rig.network)
-    bridge = network["Options"].get("com.docker.network.bridge.name", f"br-{network['Id'][:12]}")
+    bridge = bridge_of(docker_rig.api, docker_rig.network)
     for chain, rules in (("DOCKER-USER", f"ENGINES-{bridge}"), ("INPUT", f"ENGINES-{bridge}-IN")):
         for action in (["-D", chain, "-i", bridge, "-j", rules], ["-F", rules], ["-X", rules]):
             with suppress(subprocess.CalledProcessError):
-                run("iptables", "--wait", "5", *action)
+                iptables(*action)
 
 
 def isolate(rig: DockerRig, *products: str) -> None:
