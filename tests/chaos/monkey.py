@@ -4,8 +4,9 @@ import asyncio
 import os
 import random
 import signal
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from itertools import cycle
 
 from tests.harness import Platform, Service
 
@@ -47,14 +48,22 @@ class Part:
         self.service = await asyncio.shield(asyncio.to_thread(self._start, **self._settings))
 
 
-def parts_of(platform: Platform) -> list[Part]:
-    """Two Provisioners, and an Admission that calls the first."""
-    provisioners = [Part(platform.provisioner, "ORCH_PROVISIONER_LISTEN") for _ in range(2)]
-    first = provisioners[0].service
+def parts_of(platform: Platform, *versions: Mapping[str, str]) -> list[Part]:
+    """Two Provisioners, and an Admission that calls the first.
+
+    Args:
+        versions: settings that take turns at every start.
+    """
+    turns = cycle(versions or [{}])
+
+    def provisioner(**settings: str) -> Service:
+        return platform.provisioner(**settings, **next(turns))
 
     def admission(**settings: str) -> Service:
-        return platform.admission(first, **settings)
+        return platform.admission(first, **settings, **next(turns))
 
+    provisioners = [Part(provisioner, "ORCH_PROVISIONER_LISTEN") for _ in range(2)]
+    first = provisioners[0].service
     return [*provisioners, Part(admission, "ORCH_ADMISSION_LISTEN")]
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -14,6 +15,7 @@ import pytest
 
 from september.admission.v1 import admission_service_pb2 as admission_pb
 from september.provisioner.v1 import provisioner_service_pb2 as pb
+from services.provisioner.store.migrations import names
 from tests.chaos.monkey import Part, mischief, parts_of
 from tests.chaos.oracle import oracle
 from tests.chaos.score_card import Score
@@ -21,7 +23,7 @@ from tests.e2e.own_dockerd import OwnDockerd
 from tests.e2e.test_docker import DockerPlatform, images
 from tests.e2e.test_docker_restart import dockerd
 from tests.e2e.test_docker_restart import platform as docker_platform
-from tests.harness import Clients, Platform, Product, eventually, reason
+from tests.harness import ROOT, Clients, Platform, Product, eventually, reason
 from tests.integration.docker_daemon import docker_api
 
 __all__ = ["docker_api", "docker_platform", "dockerd", "images"]
@@ -197,6 +199,41 @@ async def test_of_chaotic_lives_nothing_is_left(
     print(await live(platform, parts_of(platform), lives, seed))
     nothing_is_left(platform, score, lives)
     score("acknowledged operations lost; volumes lost", "0; 0", True)
+
+
+@pytest.fixture
+def version_before(tmp_path: Path) -> dict[str, str]:
+    """What makes of a part what it was before the newest migration."""
+
+    def git(*arguments: str) -> bytes:
+        return subprocess.run(["git", "-C", ROOT, *arguments], capture_output=True, check=False).stdout
+
+    migrations = "services/provisioner/sql/migrations"
+    newest = git("log", "--diff-filter=A", "--max-count=1", "--format=%H", "--", migrations).decode().strip()
+    archive = git("archive", f"{newest}^", "services", "gen/python")
+    if not archive:
+        pytest.skip("there is no history here")
+    there = tmp_path / "before"
+    there.mkdir()
+    subprocess.run(["tar", "--extract", "--directory", there], input=archive, check=True)
+    # Or the working directory would come first.
+    return {"PYTHONPATH": f"{there}:{there / 'gen' / 'python'}", "PYTHONSAFEPATH": "1"}
+
+
+async def test_of_lives_among_parts_of_this_version_and_the_one_before_nothing_is_left(
+    platform: Platform, version_before: dict[str, str], seed: int, extent: Callable[[int, int], int]
+) -> None:
+    platform.environment |= SETTINGS
+    parts = parts_of(platform, version_before, {})
+    before, now = (
+        [event["name"] for event in part.service.events() if event["event"] == "migration_applied"]
+        for part in parts[:2]
+    )
+    assert [*before, *now] == names()
+    assert before
+    assert now
+    print(await live(platform, parts, extent(40, 100), seed))
+    oracle(platform)
 
 
 @pytest.mark.long
