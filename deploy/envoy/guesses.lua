@@ -36,11 +36,25 @@ end
 local last_good, set_last_good = memory()
 local known_origin, set_origin = memory()
 
+-- Of version 6 the first 64 bits, as services take them together; one of version 4 in another form is that.
+local function network(address)
+  if not address:find(":", 1, true) then return address end
+  local mapped = address:match("^::ffff:([%d.]+)$")
+  if mapped then return mapped end
+  local before, after = address:match("^(.-)::(.*)$")
+  if before then
+    local _, groups = address:gsub("%x+", "")
+    address = before .. (":0"):rep(8 - groups) .. ":" .. after
+  end
+  return address:match("^:?(%x+:%x+:%x+:%x+)")
+end
+
 local function origin_of(address)
-  local origin = known_origin(address)
+  local name = network(address)
+  local origin = known_origin(name)
   if not origin then
     origin = {flood_ends = 0, due_ms = 0}
-    set_origin(address, origin)
+    set_origin(name, origin)
   end
   return origin
 end
