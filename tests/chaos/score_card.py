@@ -1,10 +1,12 @@
 """The score card: what the chaos suite measures, beside what was promised.
 
-Plain `pytest` runs the suite's short form. `--full` runs it whole, with three seeds, and if every
-figure was measured writes the card into docs/reliability.md, and what failed. `--seed N` replays one seed.
+Plain `pytest` runs the suite's short form. `--full` runs it whole, with three seeds, and writes the card
+into docs/reliability.md, and what failed. `--seed N` replays one seed.
+
+A test is marked with the figures that it contributes to, and unless all of a figure's pass it is not met.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, cast
@@ -41,12 +43,15 @@ Score = Callable[[str, str, bool], None]
 
 
 class _Measured(NamedTuple):
+    test: str
     value: str
     met: bool
 
 
 _measured: defaultdict[str, list[_Measured]] = defaultdict(list)
-# Tests that failed or were skipped: what they were to measure beside the figures is not shown.
+# Whether all tests of a figure have passed so far.
+_passed: dict[str, bool] = {}
+# Tests that failed or were skipped.
 _silent: dict[str, None] = {}
 
 
@@ -72,12 +77,20 @@ def extent(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
     return lambda short, whole: whole if full else short
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What the processes of a parallel run report of a test is made of its properties alone.
+    for item in items:
+        for mark in item.iter_markers("figure"):
+            assert mark.args[0] in FIGURES
+            item.user_properties.append(("figure", mark.args[0]))
+
+
 @pytest.fixture
-def score(record_property: Callable[[str, object], None]) -> Score:
-    """Notes for a figure what was measured, and whether that meets its target."""
+def score(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Score:
+    """Notes what was measured for a figure that the test is marked with, and whether that meets its target."""
 
     def score(figure: str, value: str, met: bool) -> None:
-        assert figure in FIGURES
+        assert ("figure", figure) in request.node.user_properties
         record_property("score", (figure, value, met))
 
     return score
@@ -86,21 +99,23 @@ def score(record_property: Callable[[str, object], None]) -> Score:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.nodeid.startswith("tests/chaos/") and not report.passed:
         _silent[report.nodeid] = None
-    if report.when == "call":
-        for name, noted in report.user_properties:
-            if name == "score":
-                figure, value, met = cast(tuple[str, str, bool], noted)
-                _measured[figure].append(_Measured(value, met and report.passed))
+    for name, noted in report.user_properties:
+        if name == "figure":
+            figure = cast(str, noted)
+            _passed[figure] = _passed.get(figure, True) and report.passed
+        elif report.when == "call":
+            figure, value, met = cast(tuple[str, str, bool], noted)
+            _measured[figure].append(_Measured(report.nodeid, value, met))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if not _measured:
+    if not _passed:
         return
     terminalreporter.section("score card")
-    card = [(figure, target, *_joined(_measured.get(figure, []))) for figure, target in FIGURES.items()]
+    card = [(figure, target, *_judged(figure)) for figure, target in FIGURES.items()]
     for figure, *row in card:
         # The short form of a part of the suite says nothing of the rest.
-        if figure in _measured or config.option.full:
+        if figure in _passed or config.option.full:
             terminalreporter.line("  |  ".join((figure, *row)))
     if _whole(config):
         _write(_DOCUMENT, card)
@@ -108,21 +123,23 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A target that was missed is a failure of `make chaos`; in the short form times say nothing."""
-    missed = any(not met for measured in _measured.values() for _, met in measured)
+    missed = any(_judged(figure)[1] != "met" for figure in FIGURES)
     if missed and _whole(session.config) and session.exitstatus == pytest.ExitCode.OK:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def _whole(config: pytest.Config) -> bool:
-    return config.option.full and config.option.seed is None and len(_measured) == len(FIGURES)
+    return config.option.full and config.option.seed is None and len(_passed) == len(FIGURES)
 
 
-def _joined(measured: list[_Measured]) -> tuple[str, str]:
-    """What the seeds measured, and the verdict of all."""
+def _judged(figure: str) -> tuple[str, str]:
+    """What the tests measured, and the verdict of all."""
+    measured = sorted(_measured[figure])
     if not measured:
         return "", "not measured"
-    values = dict.fromkeys(value for value, _ in measured)
-    return " / ".join(values), "met" if all(met for _, met in measured) else "MISSED"
+    times = Counter(one.value for one in measured)
+    said = (value if count == 1 else f"{count} times {value}" for value, count in times.items())
+    return " / ".join(said), "met" if _passed[figure] and all(one.met for one in measured) else "MISSED"
 
 
 def _write(document: Path, card: list[tuple[str, str, str, str]]) -> None:

@@ -21,6 +21,8 @@ from tests.harness import Clients, Platform, Product, Service
 
 pytestmark = pytest.mark.early
 
+FIGURE = "duplicate effects in 10,000 ambiguous replies"
+
 CALLERS = 8
 _FRAME_HEAD = 9
 _HEADERS = 1
@@ -158,6 +160,7 @@ class Caller:
                         raise
 
 
+@pytest.mark.figure(FIGURE)
 async def test_of_answers_that_are_lost_nothing_is_done_twice(
     platform: Platform, seed: int, extent: Callable[[int, int], int], score: Score
 ) -> None:
@@ -178,5 +181,5 @@ async def test_of_answers_that_are_lost_nothing_is_done_twice(
     oracle(platform)
     assert set(platform.counts().values()) == {0}
     duplicates = sum(caller.duplicates() for caller in callers)
-    score("duplicate effects in 10,000 ambiguous replies", f"{duplicates} in {loser.lost:,}", duplicates == 0)
+    score(FIGURE, f"{duplicates} in {loser.lost:,}", duplicates == 0)
     assert duplicates == 0

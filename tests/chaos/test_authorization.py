@@ -284,6 +284,7 @@ async def scene(platform: Platform, connect: Callable[..., Clients]) -> Scene:
     return Scene(platform, product.product_id, callers, secrets, names)
 
 
+@pytest.mark.figure(FIGURE)
 async def test_everybody_is_served_what_is_theirs_on_every_way_in_and_nothing_else(
     scene: Scene, tmp_path: Path, score: Callable[[str, str, bool], None]
 ) -> None:

@@ -20,6 +20,8 @@ from tests.integration.test_rate_limit_minute import LIMIT, MINUTE_S, Load
 
 pytestmark = pytest.mark.early
 
+OVER, UNDER = "over-admits, 8 replicas, any 60 s, clocks ±1 h", "under-admission at saturation"
+
 Connect = Callable[..., Clients]
 Extent = Callable[[int, int], int]
 
@@ -33,6 +35,7 @@ def clocks(stack: ExitStack, replicas: int) -> list[Clock]:
     return [stack.enter_context(clock()) for _ in range(1 + replicas)]
 
 
+@pytest.mark.figure(OVER)
 async def test_in_no_second_more_than_the_limit_whatever_the_clocks_say(
     tmp_path: Path, seed: int, extent: Extent
 ) -> None:
@@ -103,6 +106,8 @@ async def test_what_was_leased_before_the_clock_was_set_back_is_taken_over_all_t
 
 
 @pytest.mark.long
+@pytest.mark.figure(OVER)
+@pytest.mark.figure(UNDER)
 async def test_in_no_minute_more_than_the_limit_and_hardly_less_whatever_the_clocks_say(
     tmp_path: Path, connect: Connect, score: Score
 ) -> None:
@@ -124,7 +129,7 @@ async def test_in_no_minute_more_than_the_limit_and_hardly_less_whatever_the_clo
                 await asyncio.wait([running], timeout=5)
                 registrys.set(chance.choice(HOURS))
     over, unused = max(load.most_in_a_minute() - LIMIT, 0), max(1 - load.used(minutes), 0)
-    score("over-admits, 8 replicas, any 60 s, clocks ±1 h", f"{over}", not over)
-    score("under-admission at saturation", f"{unused:.1%}", unused <= 0.01)
+    score(OVER, f"{over}", not over)
+    score(UNDER, f"{unused:.1%}", unused <= 0.01)
     assert not over
     assert unused <= 0.01

@@ -21,6 +21,7 @@ from tests.chaos.oracle import oracle
 from tests.chaos.outage import Callers, during
 from tests.chaos.score_card import Score
 from tests.chaos.subject import Subject
+from tests.chaos.test_kills import KILLS
 from tests.e2e.own_dockerd import OwnDockerd
 from tests.e2e.test_docker import DockerPlatform, images
 from tests.e2e.test_docker_restart import dockerd, platform_on
@@ -29,6 +30,8 @@ from tests.integration.backend_rigs import until
 from tests.integration.docker_daemon import docker_api
 
 pytestmark = pytest.mark.early
+
+FIGURE = "dockerd stopped: change of admit p99"
 
 __all__ = ["docker_api", "dockerd", "images"]
 
@@ -63,6 +66,7 @@ def hung(dockerd: OwnDockerd) -> Iterator[None]:
     dockerd.process.send_signal(signal.SIGCONT)
 
 
+@pytest.mark.figure(FIGURE)
 async def test_of_a_docker_that_hangs_admits_of_running_engines_know_nothing(
     platform: DockerPlatform, dockerd: OwnDockerd, connect: Connect, score: Score, extent: Extent
 ) -> None:
@@ -97,7 +101,7 @@ async def test_of_a_docker_that_hangs_admits_of_running_engines_know_nothing(
     assert len(set(platform.counts().values())) == 1
     if p99_s[True]:
         change = statistics.median(p99_s[True]) / statistics.median(p99_s[False]) - 1
-        score("dockerd stopped: change of admit p99", f"{change:+.0%}", change < 0.1)
+        score(FIGURE, f"{change:+.0%}", change < 0.1)
 
 
 @pytest.mark.long
@@ -119,6 +123,7 @@ async def test_without_docker_whoever_needs_it_is_told_in_time(
 
 
 @pytest.mark.long
+@pytest.mark.figure(KILLS)
 async def test_a_daemon_killed_while_a_provisioner_stands_at_a_failpoint_costs_nothing(
     platform: DockerPlatform, dockerd: OwnDockerd
 ) -> None:

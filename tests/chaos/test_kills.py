@@ -26,6 +26,10 @@ from tests.harness import Product, eventually, new_database, running_platform
 
 pytestmark = pytest.mark.early
 
+KILLS = "kill -9 at every failpoint, of each process and of dockerd"
+CONVERGENCE = "convergence after a kill, p99"
+LOST = "acknowledged operations lost; volumes lost"
+
 RECONCILE_S = 2
 SETTINGS = {
     "ORCH_RECONCILE_INTERVAL_S": str(RECONCILE_S),
@@ -39,12 +43,16 @@ SETTINGS = {
 }
 
 
+@pytest.mark.figure(KILLS)
 def test_no_failpoint_is_forgotten() -> None:
     tried = {case for seed in SEEDS for case in cases(seed)}
     assert {case.point for case in tried} | ELSEWHERE == set(get_args(Point))
     assert tried == {Case(name, point) for name, operation in OPERATIONS.items() for point in operation.points}
 
 
+@pytest.mark.figure(KILLS)
+@pytest.mark.figure(CONVERGENCE)
+@pytest.mark.figure(LOST)
 async def test_a_provisioner_killed_at_any_failpoint_is_followed_by_one_that_finishes(
     seed: int, extent: Callable[[int, int], int], score: Score, postgres_url: str, tmp_path: Path
 ) -> None:
@@ -67,9 +75,9 @@ async def test_a_provisioner_killed_at_any_failpoint_is_followed_by_one_that_fin
                 await crew.close()
     p99_s = quantiles(settled_s, n=100, method="inclusive")[98]
     volumes = lost.pop("volume", 0)
-    score("kill -9 at every failpoint, of each process and of dockerd", f"{len(settled_s)} kills", True)
-    score("convergence after a kill, p99", f"{p99_s:.1f} s", p99_s <= RECONCILE_S + 5)
-    score("acknowledged operations lost; volumes lost", f"{lost.total()}; {volumes}", not (lost or volumes))
+    score(KILLS, f"{len(settled_s)} kills", True)
+    score(CONVERGENCE, f"{p99_s:.1f} s", p99_s <= RECONCILE_S + 5)
+    score(LOST, f"{lost.total()}; {volumes}", not (lost or volumes))
     assert (lost, volumes) == (Counter(), 0)
 
 

@@ -27,7 +27,7 @@ from services.shared.failpoints import VARIABLE, Point
 from tests.chaos.crew import Crew
 from tests.chaos.monkey import Part
 from tests.chaos.operations import OPERATIONS, Case, cases
-from tests.chaos.test_kills import survived
+from tests.chaos.test_kills import KILLS, survived
 from tests.e2e.gateway_process import Inside, running_gateway
 from tests.e2e.test_docker import IMAGE, DockerPlatform, images
 from tests.e2e.test_docker import platform as docker_platform
@@ -38,6 +38,8 @@ from tests.integration.test_life_cycle import User
 from tests.integration.test_master_key import NEW, OLD, Rows, rows
 
 __all__ = ["docker_api", "docker_platform", "images", "rows"]
+
+pytestmark = pytest.mark.figure(KILLS)
 
 Connect = Callable[..., Clients]
 ON_CONTAINERS = {"provision", "start", "sleep", "wake", "stop", "rotate", "rotate without the endpoint", "destroy"}
@@ -203,6 +205,7 @@ def no_rotation(images: None, docker_api: APIClient) -> Iterator[None]:
 
 
 @pytest.mark.long
+@pytest.mark.early
 @pytest.mark.usefixtures("no_rotation")
 async def test_a_provisioner_of_containers_killed_at_a_failpoint_is_followed_by_one_that_finishes(
     docker_platform: DockerPlatform, seed: int

@@ -19,6 +19,7 @@ from services.provisioner.store.migrations import names
 from tests.chaos.monkey import Part, mischief, parts_of
 from tests.chaos.oracle import oracle
 from tests.chaos.score_card import Score
+from tests.chaos.test_kills import KILLS, LOST
 from tests.e2e.own_dockerd import OwnDockerd
 from tests.e2e.test_docker import DockerPlatform, images
 from tests.e2e.test_docker_restart import dockerd
@@ -29,6 +30,8 @@ from tests.integration.docker_daemon import docker_api
 __all__ = ["docker_api", "docker_platform", "dockerd", "images"]
 
 pytestmark = pytest.mark.early
+
+LEFT = "containers, volumes, ports left over after 1,000 chaotic lives"
 
 SETTINGS = {
     "ORCH_OPERATION_LEASE_S": "1",
@@ -187,10 +190,12 @@ def nothing_is_left(platform: Platform, score: Score, lives: int) -> None:
     [kind] = counts.keys() & {"containers", "processes"}
     left = [counts[kind], counts["volumes"], counts["ports"]]
     value = f"{', '.join(map(str, left))} of {lives} in {kind}"
-    score("containers, volumes, ports left over after 1,000 chaotic lives", value, left == [0, 0, 0])
+    score(LEFT, value, left == [0, 0, 0])
     assert left == [0, 0, 0], counts
 
 
+@pytest.mark.figure(LEFT)
+@pytest.mark.figure(LOST)
 async def test_of_chaotic_lives_nothing_is_left(
     platform: Platform, seed: int, extent: Callable[[int, int], int], score: Score
 ) -> None:
@@ -198,7 +203,7 @@ async def test_of_chaotic_lives_nothing_is_left(
     lives = extent(40, 340)
     print(await live(platform, parts_of(platform), lives, seed))
     nothing_is_left(platform, score, lives)
-    score("acknowledged operations lost; volumes lost", "0; 0", True)
+    score(LOST, "0; 0", True)
 
 
 @pytest.fixture
@@ -237,6 +242,8 @@ async def test_of_lives_among_parts_of_this_version_and_the_one_before_nothing_i
 
 
 @pytest.mark.long
+@pytest.mark.figure(LEFT)
+@pytest.mark.figure(KILLS)
 async def test_of_chaotic_lives_in_containers_nothing_is_left_though_dockerd_is_killed_too(
     docker_platform: DockerPlatform, dockerd: OwnDockerd, seed: int, extent: Callable[[int, int], int], score: Score
 ) -> None:
@@ -250,4 +257,4 @@ async def test_of_chaotic_lives_in_containers_nothing_is_left_though_dockerd_is_
     lives = extent(8, 24)
     print(await live(docker_platform, parts, lives, seed, kill_dockerd, kill_dockerd))
     nothing_is_left(docker_platform, score, lives)
-    score("kill -9 at every failpoint, of each process and of dockerd", "dockerd and each process under calls", True)
+    score(KILLS, "dockerd and each process under calls", True)

@@ -12,7 +12,11 @@ from tests.chaos.score_card import Score
 from tests.fuzz import framing, messages, rest, wire
 from tests.fuzz.targets import Tally, running_targets
 
+FIGURE = "malformed inputs tried; 5xx or hangs"
 
+
+@pytest.mark.early
+@pytest.mark.figure(FIGURE)
 def test_malformed_input_does_no_harm(
     database_url: str, tmp_path: Path, pytestconfig: pytest.Config, extent: Callable[[int, int], int], score: Score
 ) -> None:
@@ -33,6 +37,6 @@ def test_malformed_input_does_no_harm(
             oracle(targets.platform)
         finally:
             runner.run(aiming.__aexit__(None, None, None))
-    score("malformed inputs tried; 5xx or hangs", f"{tally.tried:,}; {len(tally.bad)}", not complaints)
+    score(FIGURE, f"{tally.tried:,}; {len(tally.bad)}", not complaints)
     assert not complaints, "\n".join([f"{len(complaints)} complaints, seed {seed}", *complaints[:20]])
     assert tally.tried >= number

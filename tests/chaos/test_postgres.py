@@ -26,6 +26,8 @@ Installed = tuple[OwnPostgres, Platform, Service, Service, Product]
 
 # More than the five minutes of the longest outage, by what it takes to reach PostgreSQL again.
 STALE_OK_S = 330
+RESTART = "PostgreSQL restart: recovery; requests past their deadline"
+GONE = "PostgreSQL gone for 5 min: admits of running engines that fail"
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,7 @@ async def both_hosts(callers: Callers, installed: Installed, directory: Path) ->
 
 
 @pytest.mark.parametrize("end", [pytest.param(OwnPostgres.stop, marks=pytest.mark.long), OwnPostgres.kill])
+@pytest.mark.figure(RESTART)
 async def test_a_restart_is_over_within_seconds_and_no_call_waits_past_its_deadline(
     callers: Callers, installed: Installed, score: Score, end: Callable[[OwnPostgres], None]
 ) -> None:
@@ -85,11 +88,13 @@ async def test_a_restart_is_over_within_seconds_and_no_call_waits_past_its_deadl
         recovery_s = await callers.recovery_s()
     late = (running.outcomes() + others.outcomes())["DEADLINE_EXCEEDED"]
     met = recovery_s <= RECOVERY_S and not late
-    score("PostgreSQL restart: recovery; requests past their deadline", f"{recovery_s:.1f} s; {late}", met)
+    score(RESTART, f"{recovery_s:.1f} s; {late}", met)
     assert running.outcomes().keys() == {"admitted"}
     assert others.outcomes().keys() <= {"engine_not_found", "UNAVAILABLE"}
 
 
+@pytest.mark.early
+@pytest.mark.figure(GONE)
 async def test_without_postgresql_running_engines_are_admitted_and_a_new_user_is_told_at_once(
     callers: Callers, installed: Installed, tmp_path: Path, score: Score, extent: Extent
 ) -> None:
@@ -111,11 +116,7 @@ async def test_without_postgresql_running_engines_are_admitted_and_a_new_user_is
                 assert answer.header("retry-after") == "1"
         await both.recovery_s()
     failed = running.outcomes().total() - running.outcomes()["admitted"]
-    score(
-        "PostgreSQL gone for 5 min: admits of running engines that fail",
-        f"{failed} (ORCH_STALE_OK_S={STALE_OK_S})",
-        not failed,
-    )
+    score(GONE, f"{failed} (ORCH_STALE_OK_S={STALE_OK_S})", not failed)
     assert not failed
 
 

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.early
 Connect = Callable[..., Clients]
 Extent = Callable[[int, int], int]
 REPLICAS, PROVISIONERS = 8, 3
+DUPLICATES, ABOVE = "duplicate engines, 1,000 users × 8 replicas", "samples above `max_engines`"
 TOGETHER = "wrong-tenant 200s; warm double claims; hangs in 10,000 sleep/admit races"
 # It starts quickly, and there are many of them.
 IMAGE = {"ORCH_ENGINE_IMAGE": "tests.engines.moody"}
@@ -55,6 +56,7 @@ async def sampled(platform: Platform, product: Product) -> AsyncIterator[list[in
     sampling.cancel()
 
 
+@pytest.mark.figure(DUPLICATES)
 async def test_of_all_who_want_a_users_engine_at_once_one_makes_it(
     platform: Platform, connect: Connect, score: Score, extent: Extent
 ) -> None:
@@ -68,7 +70,7 @@ async def test_of_all_who_want_a_users_engine_at_once_one_makes_it(
     made = dict(platform.query("SELECT user_id, count(*) FROM operations WHERE kind = 'provision' GROUP BY 1"))
     duplicates = len(differ) + sum(count - 1 for count in made.values())
     value = f"{duplicates} of {len(user_ids):,} users, {REPLICAS} callers of {len(services)} Provisioners at once"
-    score("duplicate engines, 1,000 users × 8 replicas", value, duplicates == 0)
+    score(DUPLICATES, value, duplicates == 0)
     assert (differ, made) == ([], dict.fromkeys(user_ids, 1))
     await asyncio.to_thread(oracle, platform)
 
@@ -104,6 +106,7 @@ async def test_all_who_start_at_once_get_a_port_though_others_take_some(
     await asyncio.to_thread(oracle, platform)
 
 
+@pytest.mark.figure(ABOVE)
 async def test_a_product_is_never_seen_above_its_limit(
     platform: Platform, connect: Connect, score: Score, extent: Extent
 ) -> None:
@@ -115,7 +118,7 @@ async def test_a_product_is_never_seen_above_its_limit(
     async with sampled(platform, product) as samples:
         got = await asyncio.to_thread(race, [service.address for service in services], product, users)
     above = sum(n > most for n in samples)
-    score("samples above `max_engines`", str(above), above == 0)
+    score(ABOVE, str(above), above == 0)
     assert max(samples) == most
     outcomes = Counter("made" if "-" in one else one for each in got for one in each)
     assert outcomes.keys() == {"made", "QUOTA_EXCEEDED"}
@@ -123,6 +126,7 @@ async def test_a_product_is_never_seen_above_its_limit(
     await asyncio.to_thread(oracle, platform)
 
 
+@pytest.mark.figure(TOGETHER)
 async def test_no_member_of_the_pool_is_given_twice_though_members_die(
     platform: Platform, connect: Connect, seed: int, score: Score, extent: Extent
 ) -> None:
@@ -157,6 +161,7 @@ async def test_no_member_of_the_pool_is_given_twice_though_members_die(
     await filled(platform, size)
 
 
+@pytest.mark.figure(TOGETHER)
 async def test_nobody_who_is_admitted_hangs_or_finds_the_engine_of_another(
     platform: Platform, connect: Connect, seed: int, score: Score, extent: Extent
 ) -> None:

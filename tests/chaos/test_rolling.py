@@ -102,6 +102,7 @@ async def two_of_each(platform: Platform, lane: Lane) -> AsyncIterator[tuple[lis
 
 
 @pytest.mark.parametrize("lane", Lane)
+@pytest.mark.figure(FIGURE)
 async def test_no_request_fails_while_every_part_is_restarted(
     platform: Platform, lane: Lane, score: Score, extent: Callable[[int, int], int]
 ) -> None:
