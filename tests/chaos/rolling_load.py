@@ -22,6 +22,8 @@ from tests.harness import Product
 _DEADLINE_S = 30.0
 # How long a gateway that has closed a connection by its own will is left alone while there is another.
 _SHUN_S = 10.0
+# Or the callers would take the processor that the parts need to start.
+_BETWEEN_ADMITS_S, _BETWEEN_LIVES_S = 0.02, 0.2
 _ROUND_ROBIN = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 
 
@@ -82,7 +84,7 @@ class Callers:
         while True:
             await self._counted("REST admit", self.rest("POST", f"/{user_id}/admit", {}))
             await self._counted("Admit", self.grpc("Admit", user_id=user_id))
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(_BETWEEN_ADMITS_S)
 
     async def live_for_ever(self, name: str) -> None:
         """Users who come, stop, start again and go."""
@@ -99,12 +101,14 @@ class Callers:
             ]
             for what, step in steps:
                 await self._counted(what, step())
+            await asyncio.sleep(_BETWEEN_LIVES_S)
 
     async def sleep_for_ever(self, user_id: str) -> None:
         """An engine that is put to sleep and woken again and again."""
         while True:
             await self._counted("SleepEngine", self.grpc("SleepEngine", user_id=user_id))
             await self._counted("WakeEngine", self.grpc("WakeEngine", user_id=user_id))
+            await asyncio.sleep(_BETWEEN_LIVES_S)
 
     async def watch_for_ever(self, user_id: str) -> None:
         """A watch that begins anew when it is told that its Provisioner or gateway goes."""

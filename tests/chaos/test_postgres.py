@@ -114,6 +114,7 @@ async def test_without_postgresql_running_engines_are_admitted_and_a_new_user_is
                 )
                 assert answer.error()[:2] == (503, "UNAVAILABLE")
                 assert answer.header("retry-after") == "1"
+                await asyncio.sleep(0.5)
         await both.recovery_s()
     failed = running.outcomes().total() - running.outcomes()["admitted"]
     score(GONE, f"{failed} (ORCH_STALE_OK_S={STALE_OK_S})", not failed)
