@@ -23,6 +23,7 @@ _MARGIN_S = 20.0
 # While one has just come back and another says that it goes, none is connected for a moment.
 _CHANGEOVER_S = 1.0
 _POLL_S = 0.02
+_UNREACHABLE = "the provisioner can't be reached"
 _OPTIONS = (
     # The Provisioner is near; `http_proxy` is for what is far.
     ("grpc.enable_http_proxy", 0),
@@ -55,6 +56,9 @@ class ProvisionerClient:
         self._identity = identity
         self._patience_s = boot_timeout_s + _MARGIN_S
         self._calls: set[asyncio.Task[EnsureEngineResponse]] = set()
+        # Ends once some Provisioner is connected again.
+        self._outage: asyncio.Task[None] | None = None
+        self._patient_until = 0.0
         self._channel: grpc.aio.Channel
 
     async def open(self) -> None:
@@ -62,6 +66,8 @@ class ProvisionerClient:
         self._stub = ProvisionerServiceStub(self._channel)
 
     async def close(self) -> None:
+        if self._outage is not None:
+            self._outage.cancel()
         await self._channel.close()
 
     async def ensure(
@@ -79,6 +85,8 @@ class ProvisionerClient:
             async with asyncio.timeout(timeout_s):
                 response = await asyncio.shield(call)
         except TimeoutError as error:
+            if not self._is_connected():
+                raise Unavailable(_UNREACHABLE) from error
             raise BootTimeout("the engine is still booting; call again to join the boot") from error
         if response.WhichOneof("outcome") == "denial":
             return DenialReason(denial_pb2.Denial.Reason.Name(response.denial))
@@ -107,14 +115,23 @@ class ProvisionerClient:
         return await self._stub.EnsureEngine(request, timeout=self._patience_s, metadata=metadata)
 
     async def _connected(self) -> bool:
-        """Whether some Provisioner is within the time of a changeover."""
-        end = time.monotonic() + _CHANGEOVER_S
-        while self._channel.get_state() is not grpc.ChannelConnectivity.READY:
-            if time.monotonic() >= end:
-                return False
-            # To wait for a change would hold on to something for each call until the state changes.
+        """Whether some Provisioner is within the time of a changeover, which begins with the first call that is lost.
+
+        All whose calls are lost look out for one together: it is on the loop that admits to running engines.
+        """
+        if self._outage is None or self._outage.done():
+            self._outage = asyncio.create_task(self._until_connected())
+            self._patient_until = time.monotonic() + _CHANGEOVER_S
+        over, _ = await asyncio.wait([self._outage], timeout=self._patient_until - time.monotonic())
+        return bool(over)
+
+    async def _until_connected(self) -> None:
+        # To wait for a change would hold on to something until the state changes.
+        while not self._is_connected():  # noqa: ASYNC110
             await asyncio.sleep(_POLL_S)
-        return True
+
+    def _is_connected(self) -> bool:
+        return self._channel.get_state() is grpc.ChannelConnectivity.READY
 
     def _forget(self, call: asyncio.Task[EnsureEngineResponse]) -> None:
         self._calls.discard(call)
@@ -127,7 +144,7 @@ def _to_error(error: grpc.aio.AioRpcError) -> ServiceError:
     """For callers, what gRPC says that is no answer of the Provisioner."""
     if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return BootTimeout("the engine was not ready in time")
-    return Unavailable("the provisioner can't be reached")
+    return Unavailable(_UNREACHABLE)
 
 
 def _to_engine(message: engine_pb2.Engine) -> Engine:

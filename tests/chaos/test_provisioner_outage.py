@@ -2,13 +2,19 @@
 
 import asyncio
 import signal
+import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 
 import grpc
 import pytest
 
 from september.admission.v1 import admission_service_pb2 as pb
+from services.admission import provisioner_client
+from services.admission.provisioner_client import ProvisionerClient
+from services.shared.errors import Unavailable
 from tests.chaos.load import admit
 from tests.chaos.outage import AT_ONCE_S, Callers, during
 from tests.harness import Clients, Platform, Service, retry_after_s
@@ -45,6 +51,30 @@ async def test_without_a_provisioner_running_engines_are_admitted_and_a_new_user
         await asyncio.to_thread(platform.provisioner, ORCH_PROVISIONER_LISTEN=provisioner.address)
         await callers.recovery_s()
     assert running.outcomes().keys() == {"admitted"}
+
+
+async def test_while_none_is_connected_all_callers_look_out_together_and_are_told_within_their_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        client = ProvisionerClient(f"127.0.0.1:{nobody.getsockname()[1]}", boot_timeout_s=60)
+        await client.open()
+        looks, get_state = count(), client._channel.get_state
+        monkeypatch.setattr(client._channel, "get_state", lambda: (next(looks), get_state())[1])
+
+        async def told_after_s(timeout_s: float | None) -> float:
+            begun = time.monotonic()
+            with pytest.raises(Unavailable):
+                await client.ensure("key", "u", auto_provision=True, auto_wake=False, timeout_s=timeout_s)
+            return time.monotonic() - begun
+
+        impatient, *_ = await asyncio.gather(told_after_s(0.2), *(told_after_s(None) for _ in range(200)))
+        assert impatient < provisioner_client._CHANGEOVER_S
+        assert next(looks) < 2 * provisioner_client._CHANGEOVER_S / provisioner_client._POLL_S
+        # Nobody waits again for what was waited for in vain.
+        assert await told_after_s(None) < provisioner_client._CHANGEOVER_S
+        await client.close()
 
 
 @contextmanager
