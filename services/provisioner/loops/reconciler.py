@@ -19,9 +19,9 @@ import structlog
 
 from services.provisioner.backends.base import Backend, InstanceState
 from services.provisioner.domain.engine import EngineStatus
-from services.provisioner.domain.intent import Pending
 from services.provisioner.domain.operation import OperationKind
 from services.provisioner.domain.registered import Registered
+from services.provisioner.loops.beginning import Begin
 from services.provisioner.loops.skipping import skipping
 from services.provisioner.metrics import BRAKE, REPAIRS, STRAYS, STRAYS_REMOVED
 from services.shared.errors import ServiceError
@@ -39,12 +39,6 @@ class Rows(Protocol):
     async def registered(self, listed: Collection[UUID]) -> list[Registered]: ...
     async def unknown(self, engine_ids: Collection[UUID]) -> dict[UUID, bool]: ...
     async def set_deep_asleep(self, engine_id: UUID, deep_asleep: bool) -> None: ...
-
-
-class Begin(Protocol):
-    async def begin(
-        self, engine_id: UUID, kind: OperationKind, expected: EngineStatus, *, reason: str | None = None
-    ) -> Pending | None: ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ import structlog
 
 from services.provisioner.backends.base import Backend
 from services.provisioner.domain.engine import EngineStatus
-from services.provisioner.domain.intent import Pending
 from services.provisioner.domain.operation import OperationKind
+from services.provisioner.loops.beginning import Begin
 from services.provisioner.loops.skipping import skipping
 from services.shared.errors import ServiceError, Unavailable
 from services.shared.failpoints import reached
@@ -26,12 +26,6 @@ _BATCH = 100
 
 class Due(Protocol):
     async def due_restarts(self, limit: int) -> list[UUID]: ...
-
-
-class Begin(Protocol):
-    async def begin(
-        self, engine_id: UUID, kind: OperationKind, expected: EngineStatus, *, reason: str | None = None
-    ) -> Pending | None: ...
 
 
 class Restarter:

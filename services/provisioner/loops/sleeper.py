@@ -17,8 +17,8 @@ import structlog
 
 from services.provisioner.backends.base import Backend, Usage
 from services.provisioner.domain.engine import Engine, EngineStatus
-from services.provisioner.domain.intent import Pending
 from services.provisioner.domain.operation import OperationKind
+from services.provisioner.loops.beginning import Begin
 from services.provisioner.loops.skipping import skipping
 from services.provisioner.ports import EngineClient
 from services.provisioner.sleep import work_between
@@ -34,12 +34,6 @@ class Candidates(Protocol):
     async def idle_engines(self, limit: int) -> list[Engine]: ...
     async def light_sleepers(self, deep_sleep_after_s: float, limit: int) -> list[Engine]: ...
     async def mark_busy(self, engine_id: UUID, reason: str) -> None: ...
-
-
-class Begin(Protocol):
-    async def begin(
-        self, engine_id: UUID, kind: OperationKind, expected: EngineStatus, *, reason: str | None = None
-    ) -> Pending | None: ...
 
 
 class Sleeper:
