@@ -206,7 +206,7 @@ class Admits:
             async with await psycopg.AsyncConnection.connect(url, autocommit=True) as connection:
                 while True:
                     self._falling_asleep = {one for (one,) in await (await connection.execute(query)).fetchall()}
-                    await asyncio.sleep(0.005)
+                    await asyncio.sleep(0.02)
 
         looking = asyncio.create_task(look())
         yield
@@ -228,7 +228,7 @@ class Admits:
         admits = [self._admit(user, engine, chance.uniform(0, 0.03), waking) for _ in range(early)]
         begun = [asyncio.create_task(admit) for admit in admits]
         while not (sleep.done() or engine.engine_id in self._falling_asleep):  # noqa: ASYNC110
-            await asyncio.sleep(0.005)
+            await asyncio.sleep(0.02)
         longest_s = (0.03, 0.8)
         admits = [self._admit(user, engine, chance.uniform(0, longest_s[n % 2]), waking) for n in range(8 - early)]
         let_in = await asyncio.gather(*begun, *admits)
