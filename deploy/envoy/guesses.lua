@@ -60,6 +60,9 @@ local function origin_of(address)
 end
 
 local function passes(origin, now, now_ms)
+  -- What is later than it can be is of before the clock was set back.
+  if origin.flood_ends > now + FLOOD_S then origin.flood_ends = 0 end
+  if origin.due_ms > now_ms + APART_OF_FLOOD_MS then origin.due_ms = 0 end
   local apart_ms, at_once = APART_MS, AT_ONCE
   if now < origin.flood_ends then apart_ms, at_once = APART_OF_FLOOD_MS, AT_ONCE_OF_FLOOD end
   local due_ms = math.max(origin.due_ms, now_ms - at_once * apart_ms)

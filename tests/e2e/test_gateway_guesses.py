@@ -1,7 +1,7 @@
 """What the gateway knows of wrong keys, from addresses that another proxy before it tells."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +11,7 @@ import pytest
 
 from september.admission.v1.admission_service_pb2 import AdmitRequest
 from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceStub
+from services.cli.gateway import DIRECTORY
 from services.shared.keys import new_platform_key
 from tests.e2e.gateway_process import Gateway, running_gateway
 from tests.e2e.gateway_services import Services, failing, running_services
@@ -52,10 +53,10 @@ class Callers:
 
 
 @asynccontextmanager
-async def callers(directory: Path) -> AsyncIterator[Callers]:
+async def callers(directory: Path, edit: Callable[[str], str] = behind_a_proxy) -> AsyncIterator[Callers]:
     async with (
         running_services() as services,
-        running_gateway(directory, services.address, services.address, behind_a_proxy) as gateway,
+        running_gateway(directory, services.address, services.address, edit) as gateway,
         grpc.aio.insecure_channel(gateway.address) as channel,
     ):
         yield Callers(gateway, services, AdmissionServiceStub(channel))
@@ -78,3 +79,39 @@ async def test_addresses_of_one_network_flood_together(tmp_path: Path) -> None:
             await those.flood(flooding)
             assert BY_GATEWAY in await those.refusals(same, those.wrong()), same
             assert await those.refusals(other, those.wrong()) == BY_SERVICE, other
+
+
+# For the scripts alone: Envoy's allocator and the library that sets clocks of whole processes wait for each other.
+CLOCK = """
+local function ahead_s()
+  local file = io.open("{file}")
+  local ahead = file:read("*n")
+  file:close()
+  return ahead
+end
+local time, on_request, timestamp = os.time, envoy_on_request, nil
+function os.time() return time() + ahead_s() end
+function envoy_on_request(handle)
+  local methods = getmetatable(handle)
+  timestamp = timestamp or methods.timestamp
+  methods.timestamp = function(self) return timestamp(self) + ahead_s() * 1000 end
+  on_request(handle)
+end
+"""
+
+
+async def test_floods_of_before_the_clock_was_set_back_are_forgotten(tmp_path: Path) -> None:
+    script, file = tmp_path / "clock.lua", tmp_path / "ahead"
+    script.write_text(CLOCK.replace("{file}", str(file)))
+    file.write_text("0")
+
+    def edit(config: str) -> str:
+        last = f'dofile("{DIRECTORY}/gateway.lua")'
+        assert last in config
+        return behind_a_proxy(config).replace(last, f'{last} dofile("{script}")')
+
+    async with callers(tmp_path, edit) as those:
+        await those.flood("192.0.2.1")
+        assert BY_GATEWAY in await those.refusals("192.0.2.1", those.wrong())
+        file.write_text("-3600")
+        assert await those.refusals("192.0.2.1", those.wrong()) == BY_SERVICE
