@@ -3,18 +3,23 @@
 import asyncio
 import random
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
+from services.provisioner.domain.operation import Queue
+from services.provisioner.store.migrations import migrate
+from services.shared.postgres import Database
 from tests.chaos.clock import Clock, clock
 from tests.chaos.oracle import oracle
 from tests.chaos.own_postgres import own_postgres
 from tests.chaos.score_card import Score
 from tests.harness import Clients, eventually, running_platform
 from tests.integration.test_life_cycle import User
+from tests.integration.test_operations import operations, queue
 from tests.integration.test_rate_limit import open_field
 from tests.integration.test_rate_limit_minute import LIMIT, MINUTE_S, Load
 
@@ -103,6 +108,41 @@ async def test_what_was_leased_before_the_clock_was_set_back_is_taken_over_all_t
         await asyncio.to_thread(oracle, platform)
         ahead = "SELECT 1 FROM loop_leases WHERE lease_until > clock_timestamp() + interval '1 minute'"
         await asyncio.to_thread(eventually, lambda: not platform.query(ahead), "every loop is led again")
+
+
+class Registry(NamedTuple):
+    """An empty one, and the clock that it goes by."""
+
+    url: str
+    database: Database
+    clock: Clock
+
+
+@pytest.fixture
+async def registry() -> AsyncIterator[Registry]:
+    with clock() as own, own_postgres(environment=own.environment) as postgres:
+        await migrate(postgres.url)
+        database = Database(postgres.url, application_name="test")
+        await database.open()
+        yield Registry(postgres.url, database, own)
+        await database.close()
+
+
+async def test_a_boot_has_no_more_time_if_the_registrys_clock_is_set_back(registry: Registry) -> None:
+    async def seconds_left() -> float:
+        """By the next claim, of one Provisioner after the other."""
+        store = operations(registry.database)
+        (boot,) = await store.claim({Queue.BOOT: 1}, ())
+        await store.release(boot, pause_s=0)
+        return boot.seconds_left
+
+    queue(registry.url, 1)
+    registry.clock.set(1)
+    assert 50 < await seconds_left() <= 60
+    registry.clock.set(0)
+    assert 50 < await seconds_left() <= 60
+    registry.clock.set(20 / 3600)
+    assert 30 < await seconds_left() <= 40
 
 
 @pytest.mark.long

@@ -77,7 +77,7 @@ UPDATE operations
 SET owner = %(owner)s,
     lease_until = clock_timestamp() + make_interval(secs => %(lease_s)s),
     attempts = attempts + 1,
-    deadline = coalesce(deadline, clock_timestamp() + make_interval(secs => %(boot_timeout_s)s))
+    deadline = least(deadline, clock_timestamp() + make_interval(secs => %(boot_timeout_s)s))
 FROM due
 WHERE operation_id = due.id
 RETURNING operation_id, engine_id, kind, queue, step, actor, attempts, error_code, error_message,
