@@ -81,12 +81,12 @@ def without_image(api: APIClient) -> Iterator[None]:
 
 @contextmanager
 def first_of_all(pids: Iterable[int]) -> Iterator[None]:
-    """Within the block these processes, and the test's, wait for no other of the machine to get a processor."""
+    """Within the block these processes, and the test's, wait for no other of the machine, if the test may say so."""
     tasks = [int(task.name) for pid in (os.getpid(), *pids) for task in Path(f"/proc/{pid}/task").iterdir()]
 
     def schedule(policy: int, priority: int) -> None:
         for task in tasks:
-            with suppress(ProcessLookupError):
+            with suppress(ProcessLookupError, PermissionError):
                 os.sched_setscheduler(task, policy, os.sched_param(priority))
 
     schedule(os.SCHED_RR | os.SCHED_RESET_ON_FORK, 1)
