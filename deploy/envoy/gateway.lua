@@ -130,10 +130,11 @@ end
 
 function envoy_on_response(handle)
   local headers = handle:headers()
-  if headers:get(REFUSED_HERE) then
+  local refused = headers:get(REFUSED_HERE)
+  if refused then
     headers:remove(REFUSED_HERE)
-    -- Envoy says UNAVAILABLE.
-    if is_grpc(headers) then headers:replace("grpc-status", "8") end
+    -- Envoy says UNAVAILABLE of all.
+    if is_grpc(headers) then headers:replace("grpc-status", refused) end
     return
   end
   local method = handle:streamInfo():routeName() -- each route has the name of its method

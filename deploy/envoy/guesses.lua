@@ -10,10 +10,17 @@ local APART_OF_FLOOD_MS, AT_ONCE_OF_FLOOD, FLOOD_S = 10, 5, 10
 -- Of each kind so many things are remembered, and the oldest of twice as many forgotten together.
 local MOST = 10000
 REFUSED_HERE = "x-flood"
-TOO_MANY = "too many wrong keys from this address"
 -- These take no key.
 local HEALTH = {["/health"] = true, ["/september.admission.v1.AdmissionService/CheckHealth"] = true}
-local REFUSAL = '{"error":{"code":"RATE_LIMITED","message":"' .. TOO_MANY .. '"}}'
+
+local function refusal(code, grpc_status, message)
+  local headers = {[":status"] = HTTP_STATUS[code], ["retry-after"] = "1", [REFUSED_HERE] = grpc_status}
+  return {headers = headers, grpc = message, rest = '{"error":{"code":"' .. code .. '","message":"' .. message .. '"}}'}
+end
+
+local TOO_MANY = refusal("RATE_LIMITED", "8", "too many wrong keys from this address")
+-- While services can't say of a key whether it is good.
+local UNAVAILABLE = refusal("UNAVAILABLE", "14", "the service is not available, try again")
 
 local function memory()
   local young, old, count = {}, {}, 0
@@ -32,7 +39,8 @@ local function memory()
   return get, set
 end
 
--- Of keys the second in which they were last good, or false; of addresses the end of their flood, and when the next may pass.
+-- Of keys the second in which they were last good, or false; of addresses the end of their flood, when the next may pass, and
+-- what the others are told.
 local last_good, set_last_good = memory()
 local known_origin, set_origin = memory()
 
@@ -53,7 +61,7 @@ local function origin_of(address)
   local name = network(address)
   local origin = known_origin(name)
   if not origin then
-    origin = {flood_ends = 0, due_ms = 0}
+    origin = {flood_ends = 0, due_ms = 0, refusal = TOO_MANY}
     set_origin(name, origin)
   end
   return origin
@@ -78,10 +86,14 @@ function envoy_on_request(handle)
   local now, good = os.time(), last_good(key)
   if good == now then return end
   local address = headers:get("x-envoy-external-address")
-  if not good and not HEALTH[headers:get(":path")] and not passes(origin_of(address), now, handle:timestamp()) then
-    -- By which envoy.yaml knows what to answer as it is, and not to log.
-    headers:add("x-envoy-flood", "1")
-    handle:respond({[":status"] = "429", ["retry-after"] = "1", [REFUSED_HERE] = "1"}, is_grpc(headers) and TOO_MANY or REFUSAL)
+  if not good and not HEALTH[headers:get(":path")] then
+    local origin = origin_of(address)
+    if not passes(origin, now, handle:timestamp()) then
+      -- By which envoy.yaml knows what to answer as it is, and not to log.
+      headers:add("x-envoy-flood", "1")
+      local refused = origin.refusal
+      handle:respond(refused.headers, is_grpc(headers) and refused.grpc or refused.rest)
+    end
   end
   handle:streamInfo():dynamicMetadata():set("september", "caller", address .. " " .. key)
 end
@@ -95,7 +107,11 @@ function note_verdict(handle, status, code, message, method)
     if method ~= "CheckHealth" then set_last_good(key, os.time()) end
   elseif status == "401" or code == "16" then
     if last_good(key) then set_last_good(key, false) end
-  elseif (status == "429" or code == "8") and message:find(TOO_MANY, 1, true) then
-    origin_of(address).flood_ends = os.time() + FLOOD_S
+    origin_of(address).refusal = TOO_MANY
+  elseif status == "503" or code == "14" then
+    origin_of(address).refusal = UNAVAILABLE
+  elseif (status == "429" or code == "8") and message:find(TOO_MANY.grpc, 1, true) then
+    local origin = origin_of(address)
+    origin.flood_ends, origin.refusal = os.time() + FLOOD_S, TOO_MANY
   end
 end

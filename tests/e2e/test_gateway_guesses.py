@@ -13,7 +13,7 @@ from september.admission.v1.admission_service_pb2 import AdmitRequest
 from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceStub
 from services.cli.gateway import DIRECTORY
 from services.shared.keys import new_platform_key
-from tests.e2e.gateway_process import Gateway, running_gateway
+from tests.e2e.gateway_process import Gateway, eventually, running_gateway
 from tests.e2e.gateway_services import Services, failing, running_services
 
 # Fewer than are let through at once of an address, and more than in a few seconds of one that floods.
@@ -115,3 +115,27 @@ async def test_floods_of_before_the_clock_was_set_back_are_forgotten(tmp_path: P
         assert BY_GATEWAY in await those.refusals("192.0.2.1", those.wrong())
         file.write_text("-3600")
         assert await those.refusals("192.0.2.1", those.wrong()) == BY_SERVICE
+
+
+async def test_more_than_is_passed_on_to_services_that_are_not_available_is_told_so(tmp_path: Path) -> None:
+    async with callers(tmp_path) as those:
+        await those.flood("192.0.2.1")
+        down = those.services.on(failing("UNAVAILABLE", "no registry", 1))
+
+        async def told() -> bool:
+            both = {(grpc.StatusCode.UNAVAILABLE, by_service) for by_service in (True, False)}
+            return await those.refusals("192.0.2.1", down) == both
+
+        async def told_in_rest() -> bool:
+            headers = [("x-forwarded-for", "192.0.2.1")]
+            calls = (those.gateway.rest("POST", f"/engines/{down}/admit", headers=headers) for _ in range(20))
+            answers = await asyncio.gather(*calls)
+            assert {answer.header("retry-after") for answer in answers} == {"1"}
+            return (503, "UNAVAILABLE", "the service is not available, try again") in {one.error() for one in answers}
+
+        async def told_otherwise() -> bool:
+            return BY_GATEWAY in await those.refusals("192.0.2.1", those.wrong())
+
+        await eventually(told)
+        await eventually(told_in_rest)
+        await eventually(told_otherwise)
