@@ -201,12 +201,13 @@ async def test_a_daemon_killed_while_a_provisioner_stands_at_a_failpoint_costs_n
         await asyncio.to_thread(eventually, partial(subject.is_settled, operation.after), f"{point} is survived", 60)
         oracle(platform)
 
-        async def has_lost_nothing(subject: Subject = subject) -> bool:
+        async def answers(subject: Subject = subject, case: str = f"{name}, {point}") -> bool:
             # One that ended with the daemon has its row until the reconciler starts it.
-            with suppress(aiohttp.ClientConnectorError):
-                return not await subject.lost()
+            with suppress(aiohttp.ClientConnectionError):
+                assert not await subject.lost(), case
+                return True
             return False
 
-        await until(has_lost_nothing)
+        await until(answers)
         await subject.end()
     await crew.close()
