@@ -11,7 +11,10 @@ from typing import NamedTuple
 import pytest
 
 from services.provisioner.domain.operation import Queue
+from services.provisioner.domain.restarts import RestartPolicy
+from services.provisioner.store.health import HealthStore
 from services.provisioner.store.migrations import migrate
+from services.provisioner.store.ports import PortAllocator
 from services.shared.postgres import Database
 from tests.chaos.clock import Clock, clock
 from tests.chaos.oracle import oracle
@@ -143,6 +146,31 @@ async def test_a_boot_has_no_more_time_if_the_registrys_clock_is_set_back(regist
     assert 50 < await seconds_left() <= 60
     registry.clock.set(20 / 3600)
     assert 30 < await seconds_left() <= 40
+
+
+async def test_no_pause_is_longer_if_the_registrys_clock_is_set_back(registry: Registry) -> None:
+    ports = PortAllocator("local", range(20000, 20001))
+    health = HealthStore(registry.database, node="local", max_failures=1, restarts=RestartPolicy(60, 60, 2))
+
+    async def over() -> tuple[bool, bool]:
+        """Whether the engine's restart is due, and the port free."""
+        async with registry.database.transaction() as tx:
+            return await health.due_restarts(1) == [engine.engine_id], await ports.lease(tx, engine.engine_id) == 20000
+
+    registry.clock.set(1)
+    async with registry.database.transaction() as tx:
+        await tx.execute(
+            "WITH product AS (INSERT INTO products (product_id, slug, max_engines, allowed_images)"
+            " VALUES (gen_random_uuid(), 'p', 1, '{}') RETURNING product_id)"
+            " INSERT INTO engines (engine_id, product_id, user_id, status, image, node, url, encrypted_key)"
+            " SELECT gen_random_uuid(), product_id, 'u', 'running', 'engine:1', 'local', '', '' FROM product"
+        )
+        await ports.set_aside(tx, 20000)
+    (engine,) = await health.running()
+    assert await health.mark_ill(engine, "no answer", ended=True)
+    assert await over() == (False, False)
+    registry.clock.set(0)
+    assert await over() == (True, True)
 
 
 @pytest.mark.long

@@ -81,7 +81,8 @@ FROM generate_series(%(port_min)s::integer, %(port_max)s::integer) AS port
 WHERE NOT EXISTS (SELECT FROM port_leases l WHERE l.node = %(node)s AND l.port = port.port)
     AND NOT EXISTS (
         SELECT FROM ports_set_aside a
-        WHERE a.node = %(node)s AND a.port = port.port AND a.until > clock_timestamp())
+        WHERE a.node = %(node)s AND a.port = port.port
+            AND a.until BETWEEN clock_timestamp() AND clock_timestamp() + interval '1 minute')
 ORDER BY random()
 LIMIT 1
 
@@ -95,8 +96,10 @@ RETURNING port
 DELETE FROM port_leases WHERE engine_id = %(engine_id)s
 
 -- name: set_port_aside
+-- Long enough for whatever held the port to end, short enough not to starve a small range. What is
+-- set aside for longer is of before the clock was set back.
 INSERT INTO ports_set_aside (node, port, until)
-VALUES (%(node)s, %(port)s, clock_timestamp() + make_interval(secs => %(seconds)s))
+VALUES (%(node)s, %(port)s, clock_timestamp() + interval '1 minute')
 ON CONFLICT (node, port) DO UPDATE SET until = excluded.until
 
 -- name: wanted

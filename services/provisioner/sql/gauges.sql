@@ -19,5 +19,6 @@ SELECT 'ports', 'leased', count(*) FROM port_leases
 WHERE node = %(node)s AND port BETWEEN %(port_min)s AND %(port_max)s
 UNION ALL
 SELECT 'ports', 'set_aside', count(*) FROM ports_set_aside a
-WHERE node = %(node)s AND port BETWEEN %(port_min)s AND %(port_max)s AND until > clock_timestamp()
+WHERE node = %(node)s AND port BETWEEN %(port_min)s AND %(port_max)s
+    AND until BETWEEN clock_timestamp() AND clock_timestamp() + interval '1 minute'
     AND NOT EXISTS (SELECT FROM port_leases l WHERE l.node = a.node AND l.port = a.port)

@@ -33,8 +33,10 @@ SELECT %(action)s, %(actor)s, 'failed', product_id, engine_id, user_id, %(reason
 FROM engines WHERE engine_id = %(engine_id)s
 
 -- name: due_restarts
+-- Nothing waits for longer than the longest pause: such moments are of before the clock was set back.
 SELECT engine_id FROM engines
-WHERE node = %(node)s AND restart_at <= clock_timestamp() AND status = 'failed'
+WHERE node = %(node)s AND status = 'failed'
+    AND restart_at NOT BETWEEN clock_timestamp() AND clock_timestamp() + make_interval(secs => %(backoff_max_s)s)
     AND NOT EXISTS (SELECT FROM operations o WHERE o.engine_id = engines.engine_id AND finished_at IS NULL)
 ORDER BY restart_at
 LIMIT %(limit)s

@@ -83,6 +83,7 @@ class HealthStore:
 
     async def due_restarts(self, limit: int) -> list[UUID]:
         """Failed engines whose next restart is due, the longest waiting first."""
+        values = {"node": self._node, "limit": limit, "backoff_max_s": self._restarts.backoff_max_s}
         async with self._database.connection() as connection:
-            cursor = await connection.execute(_HEALTH["due_restarts"], {"node": self._node, "limit": limit})
+            cursor = await connection.execute(_HEALTH["due_restarts"], values)
             return [row["engine_id"] for row in await cursor.fetchall()]

@@ -6,8 +6,6 @@ from services.provisioner.store.rows import load_sql
 from services.shared.postgres import Connection
 
 _SQL = load_sql("engines")
-# Long enough for whatever held the port to end, short enough not to starve a small range.
-_SET_ASIDE_S = 60
 
 
 class PortAllocator:
@@ -36,4 +34,4 @@ class PortAllocator:
 
     async def set_aside(self, tx: Connection, port: int) -> None:
         """Leaves a port alone for a while that the host refuses though nobody leases it."""
-        await tx.execute(_SQL["set_port_aside"], {"node": self._node, "port": port, "seconds": _SET_ASIDE_S})
+        await tx.execute(_SQL["set_port_aside"], {"node": self._node, "port": port})
