@@ -1,7 +1,7 @@
 """A process that calls with wrong keys, so many times a second, whether it is answered or not, until its input ends.
 
-Its arguments are HOST:PORT and how many calls a second. It prints, as JSON, for how many seconds it did so, how many
-calls it sent in them, and how many of those were answered with which code.
+Its arguments are HOST:PORT, how many calls a second, and the address that they come from. It prints, as JSON, for how
+many seconds it did so, how many calls it sent in them, and how many of those were answered with which code.
 """
 
 import asyncio
@@ -68,12 +68,13 @@ class _Connection(asyncio.Protocol):
         return len(requests)
 
 
-async def _flood(address: str, calls_per_s: float) -> dict[str, object]:
+async def _flood(address: str, calls_per_s: float, of: str) -> dict[str, object]:
     loop = asyncio.get_running_loop()
     host, port = address.split(":")
     answers: Counter[str] = Counter()
     connections = [
-        (await loop.create_connection(lambda: _Connection(answers), host, int(port)))[1] for _ in range(_CONNECTIONS)
+        (await loop.create_connection(lambda: _Connection(answers), host, int(port), local_addr=(of, 0)))[1]
+        for _ in range(_CONNECTIONS)
     ]
     requests = _requests(10_000)
     ended = asyncio.create_task(asyncio.to_thread(sys.stdin.read))
@@ -90,5 +91,5 @@ async def _flood(address: str, calls_per_s: float) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    address, calls_per_s = sys.argv[1:]
-    print(json.dumps(asyncio.run(_flood(address, float(calls_per_s)))))
+    address, calls_per_s, of = sys.argv[1:]
+    print(json.dumps(asyncio.run(_flood(address, float(calls_per_s), of))))
