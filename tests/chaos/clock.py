@@ -3,13 +3,18 @@
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
+from random import Random
 
 import psutil
 
 from tests.integration.docker_daemon import missing
 
 _LIBRARY = next(Path("/usr/lib").glob("*/faketime/libfaketimeMT.so.1"), None)
+
+
+HOURS = (-1, 0, 1)
 
 
 class Clock:
@@ -30,8 +35,17 @@ class Clock:
         }
         self.set(0)
 
+    def step(self, chance: Random) -> None:
+        """Sets it to another hour."""
+        self.set(chance.choice([hours for hours in HOURS if hours != self.hours]))
+
+    def shows(self, moment: datetime) -> bool:
+        """Whether this is about what it shows now: a library that could not be loaded is no error to any process."""
+        return round((moment - datetime.now(UTC)).total_seconds() / 3600, 1) == self.hours
+
     def set(self, hours: float) -> None:
         """From now on it is so much ahead of the host's."""
+        self.hours = hours
         new = self._file.with_suffix(".new")
         new.write_text(f"{hours * 3600:+.0f}\n")
         new.chmod(0o644)

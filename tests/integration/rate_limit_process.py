@@ -1,7 +1,8 @@
 """A replica's limiter as a process of its own, hammered: `python -m tests.integration.rate_limit_process`.
 
 It is told what to do by a JSON object as its argument (`Orders`), runs until it is killed, or
-leaves on SIGTERM, and logs the moment of every admit on the machine's monotonic clock.
+leaves on SIGTERM, and logs the moment of every admit on the machine's monotonic clock. Its last words are for how many
+seconds a call has waited at most, and what time it is.
 """
 
 import asyncio
@@ -93,7 +94,7 @@ async def main(orders: Orders) -> None:
     await limiter.close()
     await ledger.close()
     await database.close()
-    print(waits, flush=True)
+    print(waits, time.time(), flush=True)
 
 
 if __name__ == "__main__":

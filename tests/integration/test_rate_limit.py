@@ -15,6 +15,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -131,12 +132,13 @@ class Replica:
             self.process.kill()
             self.process.communicate()
 
-    def leave(self) -> float:
-        """Ends it orderly; returns the longest time in seconds that a call of its took."""
+    def leave(self) -> tuple[float, datetime]:
+        """Ends it orderly; returns how many seconds a call of its took at most, and what time it was to it."""
         self.process.send_signal(signal.SIGTERM)
         out, _ = self.process.communicate(timeout=20)
         assert self.process.returncode == 0
-        return float(out)
+        longest_s, now = map(float, out.split())
+        return longest_s, datetime.fromtimestamp(now, UTC)
 
     def admits(self) -> list[float]:
         log = Path(self.orders.log)
@@ -233,10 +235,12 @@ async def open_field(database_url: str, directory: Path) -> AsyncIterator[Field]
     await database.open()
     field = Field(database, database_url, directory)
     await field.open()
-    yield field
-    for replica in field.replicas:
-        replica.kill()
-    await database.close()
+    try:
+        yield field
+    finally:
+        for replica in field.replicas:
+            replica.kill()
+        await database.close()
 
 
 @pytest.fixture
@@ -254,7 +258,7 @@ async def test_all_of_the_limit_is_used_by_all_alike_and_never_more_whoever_dies
 
     replicas[0].kill()
     await field.bury(replicas[0])
-    assert await asyncio.to_thread(replicas[1].leave) < LONGEST_CALL_S
+    assert (await asyncio.to_thread(replicas[1].leave))[0] < LONGEST_CALL_S
     await asyncio.gather(field.start(), field.start())
     await field.all_used()
 
@@ -299,7 +303,7 @@ async def test_without_the_registry_each_goes_on_with_its_share(field: Field, pr
     proxy.restore()
     await field.all_used()
     for replica in (cut_off[1], connected, successor):
-        assert await asyncio.to_thread(replica.leave) < LONGEST_CALL_S
+        assert (await asyncio.to_thread(replica.leave))[0] < LONGEST_CALL_S
     field.check()
 
 
