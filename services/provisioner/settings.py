@@ -71,8 +71,8 @@ class ProvisionerSettings(BackendSettings, CommonSettings):
     disk_free_min_mib: int = Field(
         1024,
         ge=0,
-        description="Room, in MiB, that has to be left for engines' data where this host sees it: below that no new"
-        " engine is begun.",
+        description="Room, in MiB, that has to be left for engines' data where the Provisioner sees it (its log says"
+        " `disk_not_seen` if not): below that no new engine is begun.",
     )
     boot_concurrency: int = Field(8, ge=1, le=256, description="Most engines that one Provisioner boots at once.")
     warm_pool_size: int = Field(

@@ -3,19 +3,21 @@
 import asyncio
 import hashlib
 import json
+import os
 import socket
 import socketserver
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from uuid import UUID, uuid4
 
 import psutil
 import pytest
+from structlog.testing import capture_logs
 
 from services.provisioner.backends.base import Backend, EngineSpec, Instance, InstanceState
 from services.provisioner.backends.docker import DockerBackend
@@ -387,3 +389,36 @@ async def test_an_engine_is_current_until_its_images_name_stands_for_another(doc
     finally:
         docker_rig.api.remove_image(name, force=True)
     assert not await backend.is_current(spec.engine_id, name)
+
+
+@contextmanager
+def nobody() -> Iterator[None]:
+    """Within the block this process is nobody, who may use the daemon."""
+    group = os.stat(DAEMON).st_gid
+    if os.geteuid() != 0 or group == 0:
+        pytest.skip("only root may be nobody, and only a group of its own uses the daemon")
+    groups = os.getgroups()
+    os.setgroups([group])
+    os.setegid(65534)
+    os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+        os.setgroups(groups)
+
+
+async def test_a_disk_that_is_not_seen_is_named(docker_rig: DockerRig) -> None:
+    volumes = Path(docker_rig.api.info()["DockerRootDir"]) / "volumes"
+
+    async def unseen() -> list[str]:
+        with capture_logs() as logs:
+            backend = await docker_rig.backend()
+            for _ in range(2):
+                assert await backend.free_bytes() is not None
+        return [line["directory"] for line in logs if line["event"] == "disk_not_seen"]
+
+    assert await unseen() == []
+    with nobody():
+        assert await unseen() == [str(volumes)]

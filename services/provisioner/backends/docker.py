@@ -13,7 +13,7 @@ from docker import APIClient
 from docker.errors import APIError, NotFound
 
 from services.provisioner.backends.base import EngineSpec, Instance, InstanceState, PortTaken, Usage
-from services.provisioner.backends.disk import free_bytes
+from services.provisioner.backends.disk import free_bytes, warn_of_unseen
 from services.provisioner.backends.docker_client import connected
 from services.provisioner.backends.docker_errors import (
     is_conflict,
@@ -151,6 +151,7 @@ class DockerBackend:
             # Volumes may have a file system of their own.
             root = Path(self._client.info()["DockerRootDir"])
             self._directories = [root, root / "volumes"]
+            warn_of_unseen(self._directories)
         EngineNetwork(self._network, self._installation, self._timeout_s).open(self._api)
 
     def _create(self, spec: EngineSpec) -> None:
