@@ -39,7 +39,7 @@ class Loser:
     def __init__(self, provisioner: Service, chance: random.Random) -> None:
         self._port = provisioner.port
         self._chance = chance
-        self._open: set[asyncio.Task[None]] = set()
+        self._open: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
         self.lost = 0
 
     @asynccontextmanager
@@ -50,12 +50,15 @@ class Loser:
             yield server.sockets[0].getsockname()[1]
         finally:
             server.close()
+            # Who failed has left them open.
+            for writer in self._open.values():
+                writer.close()
             await asyncio.gather(*self._open)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._open.add(task)
+        self._open[task] = writer
         there, away = await asyncio.open_connection("127.0.0.1", self._port)
         forth = asyncio.create_task(_carry(reader, away))
         with suppress(asyncio.IncompleteReadError, ConnectionError):
@@ -70,7 +73,7 @@ class Loser:
         for end in (writer, away):
             end.close()
         await forth
-        self._open.discard(task)
+        del self._open[task]
 
 
 async def _carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -174,7 +177,9 @@ async def test_of_answers_that_are_lost_nothing_is_done_twice(
         # An address each, and so a connection each: one's lost answer is not another's.
         clients = [Clients(platform, f"127.0.0.{i}:{port}") for i in range(1, CALLERS + 1)]
         callers = [Caller(platform, one, direct, product, chance) for one in clients]
-        await asyncio.gather(*(caller.live(loser, losses) for caller in callers))
+        async with asyncio.TaskGroup() as group:
+            for caller in callers:
+                group.create_task(caller.live(loser, losses))
         for one in clients:
             await one.close()
     await direct.close()
