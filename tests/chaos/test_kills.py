@@ -75,12 +75,17 @@ async def test_a_provisioner_killed_at_any_failpoint_is_followed_by_one_that_fin
                 await kills(crew, here, stopped, chance, settled_s, lost)
             finally:
                 await crew.close()
-    p99_s = quantiles(settled_s, n=100, method="inclusive")[98]
+    converged(score, settled_s)
     volumes = lost.pop("volume", 0)
     score(KILLS, f"{len(settled_s)} kills", True)
-    score(CONVERGENCE, f"{p99_s:.1f} s", p99_s <= RECONCILE_S + 5)
     score(LOST, f"{lost.total()}; {volumes}", not (lost or volumes))
     assert (lost, volumes) == (Counter(), 0)
+
+
+def converged(score: Score, settled_s: Sequence[float], where: str = "") -> None:
+    """Notes how long 99% of the kills took at most until all was settled again."""
+    p99_s = quantiles(settled_s, n=100, method="inclusive")[98]
+    score(CONVERGENCE, f"{p99_s:.1f} s{where}", p99_s <= RECONCILE_S + 5)
 
 
 async def kills(
