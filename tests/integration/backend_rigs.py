@@ -38,9 +38,9 @@ async def until(condition: Callable[[], Awaitable[bool] | bool]) -> None:
 
 
 def free_port() -> int:
-    """A port below those that the kernel gives to outgoing connections, so that none of them takes it."""
+    """A port above those of the tests' engines, and below those of outgoing connections: none of them takes it."""
     while True:
-        port = 22000 + secrets.randbelow(10000)
+        port = 29000 + secrets.randbelow(3000)
         with socket.socket() as probe, suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
