@@ -60,4 +60,4 @@ def clock() -> Iterator[Clock]:
     # What the library shares between processes it leaves behind when they are killed.
     for left in Path("/dev/shm").glob("*faketime_s*_*"):
         if not psutil.pid_exists(int(left.name.rpartition("_")[2])):
-            left.unlink()
+            left.unlink(missing_ok=True)  # Others tidy up as well.
