@@ -1,7 +1,6 @@
 """A PostgreSQL of the test's own, to be stopped, hung, cut off, filled up, and told another time."""
 
 import os
-import secrets
 import shutil
 import signal
 import subprocess
@@ -18,6 +17,7 @@ import psycopg
 from tests.disk import disk, filled
 from tests.harness import eventually, new_database
 from tests.integration.docker_daemon import missing
+from tests.subnets import numbered
 
 
 class OwnPostgres:
@@ -171,10 +171,10 @@ class Namespace:
     """A network beside the host's, with one wire between, that can be cut in silence."""
 
     def __init__(self) -> None:
-        self.name = f"cut-{secrets.token_hex(4)}"
-        subnet = f"10.214.{secrets.randbelow(256)}"
+        number = numbered("ip", "netns", "add", "cut-{}")
+        self.name = f"cut-{number}"
+        subnet = f"10.214.{number}"
         self.address = f"{subnet}.2"
-        self._ip("netns", "add", self.name)
         self._ip("link", "add", f"{self.name}", "type", "veth", "peer", "name", "wire", "netns", self.name)
         self._ip("address", "add", f"{subnet}.1/24", "dev", self.name)
         self._ip("link", "set", self.name, "up")

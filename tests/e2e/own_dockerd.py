@@ -1,6 +1,5 @@
 """A Docker daemon of the test's own, to be killed and started again beside the machine's."""
 
-import secrets
 import shutil
 import subprocess
 import tempfile
@@ -14,6 +13,7 @@ from docker.types import IPAMConfig, IPAMPool
 
 from tests.disk import make_disk
 from tests.harness import eventually
+from tests.subnets import numbered
 
 
 class OwnDockerd:
@@ -30,15 +30,15 @@ class OwnDockerd:
         self._live_restore = live_restore
         self.data = directory / "data"
         self.address = f"unix://{directory}/socket"
-        self.network = f"own-{secrets.token_hex(4)}"
-        # Told to have no bridge, or where to take addresses from, a daemon removes the machine's bridge.
-        self.bridges = [f"{self.network}-0", f"{self.network}-1"]
+        self.bridges: list[str] = []
 
     def open(self) -> None:
         """Starts it, and makes a network for engines."""
-        default, engines = self.bridges
-        subnet = f"10.213.{secrets.randbelow(256)}"
-        subprocess.run(["ip", "link", "add", default, "type", "bridge"], check=True)
+        # Told to have no bridge, or where to take addresses from, a daemon removes the machine's bridge.
+        number = numbered("ip", "link", "add", "own-{}-0", "type", "bridge")
+        self.network = f"own-{number}"
+        self.bridges = default, engines = [f"{self.network}-0", f"{self.network}-1"]
+        subnet = f"10.213.{number}"
         subprocess.run(["ip", "address", "add", f"{subnet}.1/25", "dev", default], check=True)
         self.start()
         api = self.client()
@@ -106,7 +106,21 @@ class OwnDockerd:
             witness.kill()
 
     def close(self) -> None:
-        """Ends it with all that it runs, and takes back what the kernel holds for it and for killed ones."""
+        """Ends it with all that it runs, and takes back what the kernel holds for it and for killed ones.
+
+        Whatever of it there is: it may never have come up.
+        """
+        try:
+            if hasattr(self, "process"):
+                self._end()
+        finally:
+            mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+            for mount in reversed([mount for mount in mounts if mount.startswith(f"{self.directory}/")]):
+                subprocess.run(["umount", "--lazy", mount], check=True)
+            for bridge in self.bridges:
+                subprocess.run(["ip", "link", "delete", bridge], check=False, capture_output=True)
+
+    def _end(self) -> None:
         try:
             if self.process.poll() is not None:
                 self.start()  # Nobody else can end its containers.
@@ -117,11 +131,6 @@ class OwnDockerd:
         finally:
             self.process.terminate()
             self.process.wait(60)
-            mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
-            for mount in reversed([mount for mount in mounts if mount.startswith(f"{self.directory}/")]):
-                subprocess.run(["umount", "--lazy", mount], check=True)
-            for bridge in self.bridges:
-                subprocess.run(["ip", "link", "delete", bridge], check=False, capture_output=True)
 
 
 @contextmanager
@@ -136,9 +145,9 @@ def own_dockerd(*, megabytes: int | None = None, live_restore: bool = False) -> 
         directory = Path(tempfile.mkdtemp(prefix="own-dockerd-"))
         stack.callback(shutil.rmtree, directory)
         dockerd = OwnDockerd(directory, live_restore=live_restore)
+        stack.callback(dockerd.close)
         if megabytes is not None:
             dockerd.data.mkdir()
             make_disk(dockerd.data, megabytes)
         dockerd.open()
-        stack.callback(dockerd.close)
         yield dockerd
