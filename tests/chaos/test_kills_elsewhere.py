@@ -147,13 +147,16 @@ async def test_an_admission_that_is_killed_under_calls_answers_nothing_wrong(
     product = await clients.register()
     made = await User(clients, product).call("Provision")
 
-    async def admit() -> None:
+    async def admit(*, patient: bool = False) -> None:
         request = admission_pb.AdmitRequest(user_id="u1")
-        answer = await clients.admission.Admit(request, metadata=product.metadata, timeout=5)
+        answer = await clients.admission.Admit(request, metadata=product.metadata, timeout=5, wait_for_ready=patient)
         assert (answer.engine.engine_id, answer.engine.api_key) == (made.engine_id, made.api_key)
 
     async def kills() -> None:
         for _ in range(3):
+            # It is there for so many answers, and for those of all the others meanwhile.
+            for _ in range(100):
+                await admit(patient=True)
             await part.kill()
 
     def unreachable(error: Exception) -> bool:
