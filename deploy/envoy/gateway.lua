@@ -110,7 +110,7 @@ local function replace_answer(handle, method)
   local headers = handle:headers() -- what was fetched before the wait for the body is void
   local answer = buffer and buffer:getBytes(0, buffer:length()) or ""
   local status, body, retry_after = rewrite(headers, answer, method)
-  note_verdict(handle, headers:get(":status"), "", answer, method)
+  note_verdict(handle, headers, method, answer)
   keep(headers, RESPONSE_HEADERS)
   if not status then return end
   headers:replace(":status", status)
@@ -139,9 +139,7 @@ function envoy_on_response(handle)
   end
   local method = handle:streamInfo():routeName() -- each route has the name of its method
   local ok = headers:get(":status") == "200"
-  if ok then
-    note_verdict(handle, "200", headers:get("grpc-status") or "0", headers:get("grpc-message") or "", method)
-  end
+  if ok then note_verdict(handle, headers, method) end
   if ok and is_grpc(headers) then
     local code = headers:get("grpc-status")
     -- Envoy says UNKNOWN; the servers say RESOURCE_EXHAUSTED when they are called without a gateway.

@@ -98,11 +98,13 @@ function envoy_on_request(handle)
   handle:streamInfo():dynamicMetadata():set("september", "caller", address .. " " .. key)
 end
 
--- What an answer says of the caller's key, and of the address that it came from.
-function note_verdict(handle, status, code, message, method)
+-- What an answer says of the caller's key, and of the address that it came from. `body` is that of an error in REST.
+function note_verdict(handle, headers, method, body)
   local noted = handle:streamInfo():dynamicMetadata():get("september")
   if not noted then return end
   local address, key = noted.caller:match("^(%S+) (.*)$")
+  local status, code = headers:get(":status"), headers:get("grpc-status") or "0"
+  local message = body or headers:get("grpc-message") or ""
   if status == "200" and code == "0" then
     if method ~= "CheckHealth" then set_last_good(key, os.time()) end
   elseif status == "401" or code == "16" then
