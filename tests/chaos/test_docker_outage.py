@@ -43,7 +43,7 @@ Extent = Callable[[int, int], int]
 # How long a call of Docker's may take; and some for a busy machine.
 CALL_S = 30.0
 TOLD_S = CALL_S + 10
-WINDOW_S = 1.0
+WINDOW_S = 0.75
 # As many as a Provisioner boots at once, and has threads for.
 NEW = [f"new-{n}" for n in range(8)]
 
@@ -122,11 +122,11 @@ async def test_of_a_docker_that_hangs_admits_of_running_engines_know_nothing(
     hangs_for_s = extent(3, 38)
     calm: list[float] = []
     stuck: list[float] = []
-    async with callers.load(200) as running:
+    async with callers.load(300) as running:
         await running.goes_on()
         # In turns, and of each the median: what else the machine does comes upon both alike.
         with first_of_all(service.process.pid for service in platform.services), without_image(platform.api):
-            for _ in range(extent(1, 10)):
+            for _ in range(extent(1, 14)):
                 async with during(hung(dockerd)):
                     asked = asyncio.gather(*map(ask, NEW))
                     await under_way()
