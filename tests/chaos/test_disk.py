@@ -74,7 +74,7 @@ async def test_short_of_room_no_engine_is_begun_and_those_that_are_there_go_on(p
     platform = place.platform
     provisioner = platform.provisioner(
         ORCH_DISK_FREE_MIN_MIB=str(MIN_FREE_MIB),
-        ORCH_WARM_POOL_SIZE="1",
+        ORCH_WARM_POOL_SIZE="2",
         ORCH_PROVISIONER_METRICS_LISTEN="127.0.0.1:0",
     )
     callers = await opened(platform, provisioner, connect)
@@ -84,9 +84,13 @@ async def test_short_of_room_no_engine_is_begun_and_those_that_are_there_go_on(p
         return scrape(port)("september_disk_free_bytes") < scrape(port)("september_disk_free_min_bytes")
 
     def pool_is_full() -> bool:
-        return bool(platform.query("SELECT 1 FROM engines WHERE product_id IS NULL AND status = 'running'"))
+        return platform.query("SELECT count(*) FROM engines WHERE product_id IS NULL AND status = 'running'") == [(2,)]
 
-    async def until(condition: Callable[[], bool], what: str) -> None:
+    def postponed() -> list[str]:
+        """Why the pool was not filled, each time that it was said."""
+        return [event["reason"] for event in provisioner.events() if event["event"] == "warm_pool_postponed"]
+
+    async def until(condition: Callable[[], object], what: str) -> None:
         await asyncio.to_thread(eventually, condition, what)
 
     await until(pool_is_full, "the pool is full")
@@ -94,24 +98,25 @@ async def test_short_of_room_no_engine_is_begun_and_those_that_are_there_go_on(p
     async with callers.load(50) as running:
         with filled(place.disk, but=MIN_FREE_MIB << 19):
             await until(is_short, "the disk is seen to be short")
-            claimed = await admit(callers.stubs[0], callers.product, "claims", auto_provision=True)
-            assert claimed.outcome == "admitted", "what is booted already takes no more room"
+            for user_id in ("claims", "claims-too"):
+                claimed = await admit(callers.stubs[0], callers.product, user_id, auto_provision=True)
+                assert claimed.outcome == "admitted", "what is booted already takes no more room"
+                await until(postponed, "the pool is not filled")
             error = await refusal(callers)
             assert (reason(error), retry_after_s(error)) == ("UNAVAILABLE", 30)
             assert error.details() == "no disk space is left for one more engine"
             assert (await admit(callers.stubs[0], callers.product, "new", auto_provision=True)).outcome == "UNAVAILABLE"
-            await until(
-                lambda: any(event["event"] == "warm_pool_postponed" for event in provisioner.events()),
-                "the pool is not filled",
-            )
             user = User(callers.clients, callers.product, CHANGED)
             for verb in ("Sleep", "Wake", "Stop", "Start", "Destroy"):
                 await (user.sleep() if verb == "Sleep" else user.call(verb))
             oracle(platform)
-            assert set(platform.query("SELECT user_id FROM engines")) == {(one,) for one in (*USERS, "claims")}
+            assert set(platform.query("SELECT user_id FROM engines")) == {
+                (one,) for one in (*USERS, "claims", "claims-too")
+            }
         await callers.recovery_s()
     assert running.outcomes().keys() == {"admitted"}
     await until(pool_is_full, "the pool is full again")
+    assert len(postponed()) == 1, "each claim tries to fill it, and it is said once"
     oracle(platform)
 
 

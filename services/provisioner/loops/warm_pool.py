@@ -141,11 +141,15 @@ class WarmPool:
             self._pulse.give()
 
     async def run(self) -> None:
+        postponed = None
         while True:
+            before, postponed = postponed, None
             try:
                 await self.tick()
             except ServiceError as error:
-                log.warning("warm_pool_postponed", reason=error.message)
+                postponed = error.message
+                if postponed != before:
+                    log.warning("warm_pool_postponed", reason=postponed)
             await self._pulse.wait(_POLL_S)
 
     async def tick(self) -> None:
