@@ -139,3 +139,15 @@ async def test_more_than_is_passed_on_to_services_that_are_not_available_is_told
         await eventually(told)
         await eventually(told_in_rest)
         await eventually(told_otherwise)
+
+
+async def test_a_key_that_was_good_is_let_in_from_an_address_that_floods(tmp_path: Path) -> None:
+    async with callers(tmp_path) as those:
+        metadata = (("x-platform-key", new_platform_key()), ("x-forwarded-for", "192.0.2.1"))
+
+        async def admit() -> None:
+            await those.stub.Admit(AdmitRequest(user_id="ada"), metadata=metadata)
+
+        await admit()
+        await those.flood("192.0.2.1")
+        await asyncio.gather(*(admit() for _ in range(MANY)))
