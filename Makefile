@@ -36,7 +36,7 @@ test: $(VENV)/.dev ## Run all tests that this machine can; REQUIRE_DOCKER=1 allo
 test-long: $(VENV)/.dev ## Run the tests that take minutes.
 	$(BIN)/pytest -m long
 
-fuzz: $(VENV)/.dev ## Try 100,000 malformed inputs, under 6 minutes; SEED=n replays those of a run.
+fuzz: $(VENV)/.dev ## Make 100,000 malformed calls, 2 minutes on two cores; SEED=n replays those of a run.
 	$(BIN)/pytest tests/chaos/test_malformed.py --full -s --seed $(or $(SEED),$(shell date +%s))
 
 chaos: $(VENV)/.dev ## Break things, about 25 minutes on two cores, and write the score card into docs/reliability.md.

@@ -10,7 +10,7 @@ import hpack
 
 from tests.e2e import http2
 from tests.fuzz.streams import Stream
-from tests.fuzz.targets import DEADLINE_S, Tally, Targets
+from tests.fuzz.targets import DEADLINE_S, Tally, Targets, Verdict
 
 _STREAMS = 50
 _CONNECTIONS = 4
@@ -51,15 +51,15 @@ async def _send_streams(address: str, batches: Iterator[list[Stream]], tally: Ta
     for batch in batches:
         try:
             async with asyncio.timeout(DEADLINE_S):
-                complaints = await _answers(address, batch)
+                verdicts = await _answers(address, batch)
         except (TimeoutError, ConnectionError, asyncio.IncompleteReadError) as error:
-            complaints = [f"{error!r}"] * len(batch)
-        for stream, complaint in zip(batch, complaints, strict=True):
-            tally.count(complaint and f"{complaint} of {address}", stream)
+            verdicts = [Verdict(f"{error!r} of {address}", False)] * len(batch)
+        for stream, verdict in zip(batch, verdicts, strict=True):
+            tally.count(verdict, stream)
 
 
-async def _answers(address: str, batch: list[Stream]) -> list[str | None]:
-    """Sends every stream on one connection; what is to be said against each answer."""
+async def _answers(address: str, batch: list[Stream]) -> list[Verdict]:
+    """Sends every stream on one connection, and judges each answer."""
     host, port = address.split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     try:
@@ -87,20 +87,23 @@ async def _answers(address: str, batch: list[Stream]) -> list[str | None]:
                 open_.discard(index)
                 if not open_:
                     break
-        return ["no answer" if i in open_ else _complaint(answer) for i, answer in enumerate(answers)]
+        return [
+            Verdict(f"no answer of {address}", False) if i in open_ else _verdict(answer, address)
+            for i, answer in enumerate(answers)
+        ]
     finally:
         writer.transport.abort()
 
 
-def _complaint(answer: dict[str, str]) -> str | None:
+def _verdict(answer: dict[str, str], address: str) -> Verdict:
     if not answer.get(":status", "5").startswith("5"):
         status = answer.get("grpc-status")
         # Not gRPC at all, and answered as REST.
         if status is None and answer[":status"].startswith("4"):
-            return None
+            return Verdict(None, True)
         if status is not None and (status not in _FAILURES or answer.get("grpc-message", "").startswith(_REFUSALS)):
-            return None
-    return f"{answer}"
+            return Verdict(None, status != "0")
+    return Verdict(f"{answer} of {address}", False)
 
 
 def _connection(random: Random, targets: Targets) -> bytes:
@@ -167,8 +170,8 @@ async def _send_connections(address: str, connections: Iterator[bytes], tally: T
                     healthy = (await reader.readline()).startswith(b"HTTP/1.1 404 ")
                 finally:
                     writer.transport.abort()
-            tally.count(None if healthy else "the gateway is not well", connection)
+            tally.count(Verdict(None if healthy else "the gateway is not well", False), connection)
         except TimeoutError:
-            tally.count(f"no answer within {DEADLINE_S} s", connection)
+            tally.count(Verdict(f"no answer within {DEADLINE_S} s", False), connection)
         except ConnectionError as error:
-            tally.count(f"the gateway is not well: {error!r}", connection)
+            tally.count(Verdict(f"the gateway is not well: {error!r}", False), connection)

@@ -20,7 +20,7 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from tests.e2e.gateway_process import Gateway
-from tests.fuzz.targets import DEADLINE_S, Tally, Targets
+from tests.fuzz.targets import DEADLINE_S, Tally, Targets, Verdict
 from tests.harness import ROOT
 
 Operation = APIOperation[Any, Any, Any, Any]
@@ -55,7 +55,7 @@ def feed(_: asyncio.Runner, targets: Targets, tally: Tally, number: int, seed_: 
             )
             @given(_cases(operation, targets))
             def some(case: Case[Any]) -> None:
-                tally.count(_complaint(case, next(gateways), session, targets), case.as_curl_command())
+                tally.count(_verdict(case, next(gateways), session, targets), case.as_curl_command())
 
             some()
 
@@ -69,16 +69,16 @@ def _cases(operation: Operation, targets: Targets) -> st.SearchStrategy[Case[Any
     return st.one_of(strategies)
 
 
-def _complaint(case: Case[Any], gateway: Gateway, session: requests.Session, targets: Targets) -> str | None:
+def _verdict(case: Case[Any], gateway: Gateway, session: requests.Session, targets: Targets) -> Verdict:
     platform_key, admin_key = targets.headers
     admin = case.operation.definition.raw["security"] == [{"adminKey": []}]
     url = f"http://{gateway.operators if admin else gateway.address}"
     try:
         answer = case.call(url, session, headers=dict([admin_key if admin else platform_key]), timeout=DEADLINE_S)
     except requests.RequestException as error:
-        return repr(error)
+        return Verdict(repr(error), False)
     try:
         case.validate_response(answer, checks=_CHECKS)
     except FailureGroup as failures:
-        return "; ".join(str(failure) for failure in failures.exceptions)
-    return None
+        return Verdict("; ".join(str(failure) for failure in failures.exceptions), False)
+    return Verdict(None, answer.status_code >= 400)

@@ -23,18 +23,41 @@ _GROWTH_BYTES = 96 * 2**20
 _FAILURES = ("Traceback", "call_failed", "call_cancelled_inside", "script log", "assert failure", "Caught ")
 
 
+class Verdict(NamedTuple):
+    """Of an answer: what is to be said against it, if anything, and whether it is a refusal."""
+
+    complaint: str | None
+    refusal: bool
+
+
 @dataclass
 class Tally:
-    """How many inputs were tried, and which were answered as none may be."""
+    """How often inputs were sent, how many there were, how many of them were refused, and what was not as it must be.
 
-    tried: int = 0
+    Args:
+        inputs, refused: hashes.
+    """
+
+    sent: int = 0
+    inputs: set[int] = field(default_factory=set)
+    refused: set[int] = field(default_factory=set)
     bad: list[str] = field(default_factory=list)
 
-    def count(self, complaint: str | None, what: object) -> None:
-        """Notes an input, and what is to be said against its answer."""
-        self.tried += 1
-        if complaint is not None:
-            self.bad.append(f"{complaint}: {what!r:.2000}")
+    def count(self, verdict: Verdict, what: object) -> None:
+        """Notes that an input was sent to one that takes such."""
+        self.sent += 1
+        of = hash(what if isinstance(what, bytes) else repr(what))
+        self.inputs.add(of)
+        if verdict.refusal:
+            self.refused.add(of)
+        if verdict.complaint is not None:
+            self.bad.append(f"{verdict.complaint}: {what!r:.2000}")
+
+    def add(self, other: "Tally") -> None:
+        self.sent += other.sent
+        self.inputs |= other.inputs
+        self.refused |= other.refused
+        self.bad += other.bad
 
 
 class _Part(NamedTuple):
@@ -145,14 +168,14 @@ async def running_targets(database_url: str, directory: Path) -> AsyncIterator[T
         yield Targets(platform, provisioner, admission, gateways, product, "ann", changed.product_id)
 
 
-def error_complaint(status: int, body: bytes) -> str | None:
-    """What is to be said against a REST answer, if anything."""
+def rest_verdict(status: int, body: bytes) -> Verdict:
+    """Of a REST answer."""
     if status == 200:
-        return None
+        return Verdict(None, False)
     try:
         error = json.loads(body)["error"]
         assert error["code"].isupper()
         assert error["message"]
     except (ValueError, KeyError, TypeError, AssertionError):
-        return f"{status} without the form of an error, {body!r}"
-    return f"{status} {error}" if status >= 500 else None
+        return Verdict(f"{status} without the form of an error, {body!r}", False)
+    return Verdict(f"{status} {error}", False) if status >= 500 else Verdict(None, True)

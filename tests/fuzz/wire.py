@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from random import Random
 
 from tests.fuzz.corpus import BODIES, CALLS, CHUNKED, FRAMINGS, NAMES, QUERIES, SEGMENTS, SMUGGLED, VALUES, VERBS
-from tests.fuzz.targets import DEADLINE_S, Tally, Targets, error_complaint
+from tests.fuzz.targets import DEADLINE_S, Tally, Targets, Verdict, rest_verdict
 
 _CONNECTIONS = 16
 # What no gateway takes for a request.
@@ -80,14 +80,14 @@ def _broken(random: Random, targets: Targets) -> bytes:
 async def _one_after_the_other(address: str, requests: Iterator[bytes], tally: Tally) -> None:
     connection = _Connection(address)
     for request in requests:
-        tally.count(await connection.complaint(request), request)
+        tally.count(await connection.verdict(request), request)
     connection.close()
 
 
 async def _each_for_itself(address: str, requests: Iterator[bytes], tally: Tally) -> None:
     for request in requests:
         connection = _Connection(address)
-        tally.count(await connection.complaint(request), request)
+        tally.count(await connection.verdict(request), request)
         connection.close()
 
 
@@ -99,8 +99,8 @@ class _Connection:
         self._port = int(port)
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
-    async def complaint(self, request: bytes) -> str | None:
-        """Sends a request; what is to be said against its answer, if anything."""
+    async def verdict(self, request: bytes) -> Verdict:
+        """Sends a request, and judges its answer."""
         try:
             async with asyncio.timeout(DEADLINE_S):
                 if self._streams is None:
@@ -111,13 +111,15 @@ class _Connection:
                 body = b"" if request.startswith(b"HEAD ") else await _body(reader, headers)
         except TimeoutError:
             self.close()
-            return f"no answer within {DEADLINE_S} s"
+            return Verdict(f"no answer within {DEADLINE_S} s", False)
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             self.close()
-            return f"no answer: {error!r}"
+            return Verdict(f"no answer: {error!r}", False)
         if headers.get("connection") == "close":
             self.close()
-        return None if request.startswith(b"HEAD ") and status < 500 else error_complaint(status, body)
+        if request.startswith(b"HEAD ") and status < 500:
+            return Verdict(None, status != 200)
+        return rest_verdict(status, body)
 
     def close(self) -> None:
         if self._streams is not None:
