@@ -174,8 +174,10 @@ class Boot:
         """Returns once the engine is healthy; the first look is at once."""
         pause = _FIRST_PAUSE_S
         for probes in count(1):
+            asked = time.monotonic()
             health = await self._engines.health(engine.url)
-            seldom = pause >= _SELDOM_S
+            # Also if it took as long: whoever has taken the port may never answer.
+            seldom = max(pause, time.monotonic() - asked) >= _SELDOM_S
             # The backend's word as well: something else might answer on the engine's port.
             if (health.healthy or seldom) and not _runs(await self._backend.inspect(engine.engine_id)):
                 raise _Ended
