@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import signal
 import socket
 import time
 from collections import Counter
@@ -17,10 +18,11 @@ import pytest
 
 from september.admission.v1 import admission_service_pb2 as admission_pb
 from september.engine.v1.engine_pb2 import Engine
+from tests.chaos.crew import Crew
 from tests.chaos.oracle import oracle
 from tests.chaos.racers import PATIENCE_S, race
 from tests.chaos.score_card import Score
-from tests.harness import Clients, Platform, Product, reason, retry_after_s
+from tests.harness import Clients, Platform, Product, eventually, reason, retry_after_s
 from tests.integration.test_life_cycle import User, accepted, process_of
 from tests.integration.test_sleep import REASON, Sleepers
 from tests.integration.test_warm_pool import destroy, ensure, filled, pool_of, ready
@@ -121,6 +123,27 @@ async def test_all_who_start_at_once_get_a_port_though_others_take_some(
     assert len({engine.url for engine in made}) == starts
     assert {engine.status for engine in made} == {Engine.Status.running}
     await asyncio.to_thread(oracle, platform)
+
+
+async def test_a_port_lost_to_one_who_never_answers_is_swapped_within_a_boot(platform: Platform) -> None:
+    platform.environment |= {"ORCH_BOOT_TIMEOUT_S": "12", "ORCH_HEALTH_CHECK_TIMEOUT_S": "2"}
+    crew = Crew(platform)
+    await crew.muster(1)
+    [clients] = crew.clients()
+    user = User(clients, await clients.register())
+    crew.break_at("boot.started", "SIGSTOP")
+    starting = asyncio.create_task(user.call("Provision"))
+    stopped = await crew.broken("boot.started")
+    [engine] = platform.engine_processes()
+    engine.kill()
+    await asyncio.to_thread(eventually, lambda: not platform.engine_processes(), "the engine has ended")
+    [(port,)] = platform.query("SELECT port FROM port_leases")
+    with socket.create_server(("127.0.0.1", port)):
+        stopped.process.send_signal(signal.SIGCONT)
+        made = await starting
+    assert made.status == Engine.Status.running
+    assert not made.url.endswith(f":{port}")
+    await crew.close()
 
 
 @pytest.mark.figure(ABOVE)
