@@ -19,8 +19,13 @@ settings.load_profile("noisy")
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest go first, or some processes would wait for them at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("early") is None)
+    """What takes longest goes first, or some processes would wait for it at the end."""
+
+    def seconds(item: pytest.Item) -> int:
+        mark = item.get_closest_marker("early")
+        return mark.args[0] if mark else 0
+
+    items.sort(key=seconds, reverse=True)
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ _DEADLINE_S = 30.0
 # How long a gateway that has closed a connection by its own will is left alone while there is another.
 _SHUN_S = 10.0
 # Or the callers would take the processor that the parts need to start.
-_BETWEEN_ADMITS_S, _BETWEEN_LIVES_S = 0.02, 0.2
+_BETWEEN_ADMITS_S, _BETWEEN_LIVES_S = 0.02, 0.5
 _ROUND_ROBIN = json.dumps({"loadBalancingConfig": [{"round_robin": {}}]})
 
 

@@ -19,7 +19,7 @@ from tests.chaos.oracle import oracle
 from tests.chaos.score_card import Score
 from tests.harness import Clients, Platform, Product, Service
 
-pytestmark = pytest.mark.early
+pytestmark = pytest.mark.early(20)
 
 FIGURE = "duplicate effects in 10,000 ambiguous replies"
 

@@ -27,7 +27,7 @@ from tests.integration.test_operations import operations, queue
 from tests.integration.test_rate_limit import open_field
 from tests.integration.test_rate_limit_minute import LIMIT, MINUTE_S, Load
 
-pytestmark = pytest.mark.early
+pytestmark = pytest.mark.early(20)
 
 OVER, UNDER = "over-admits, 8 replicas, any 60 s, clocks ±1 h", "under-admission at saturation"
 
@@ -180,6 +180,7 @@ async def test_no_pause_is_longer_if_the_registrys_clock_is_set_back(registry: R
 
 
 @pytest.mark.long
+@pytest.mark.early(145)
 @pytest.mark.figure(OVER)
 @pytest.mark.figure(UNDER)
 async def test_in_no_minute_more_than_the_limit_and_hardly_less_whatever_the_clocks_say(

@@ -22,7 +22,7 @@ from tests.integration.docker_daemon import docker_api
 from tests.integration.test_life_cycle import User
 from tests.scrape import metrics_ports, scrape
 
-pytestmark = pytest.mark.early
+pytestmark = pytest.mark.early(20)
 
 __all__ = ["docker_api", "images"]
 

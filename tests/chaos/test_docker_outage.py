@@ -31,7 +31,7 @@ from tests.harness import Clients, eventually
 from tests.integration.backend_rigs import until
 from tests.integration.docker_daemon import docker_api
 
-pytestmark = pytest.mark.early
+pytestmark = pytest.mark.early(20)
 
 FIGURE = "dockerd stopped: change of admit p99"
 
@@ -96,6 +96,7 @@ def first_of_all(pids: Iterable[int]) -> Iterator[None]:
         schedule(os.SCHED_OTHER, 0)
 
 
+@pytest.mark.early(107)
 @pytest.mark.figure(FIGURE)
 async def test_of_a_docker_that_hangs_admits_of_running_engines_know_nothing(
     platform: DockerPlatform, dockerd: OwnDockerd, connect: Connect, score: Score, extent: Extent

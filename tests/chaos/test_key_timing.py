@@ -19,6 +19,8 @@ from september.provisioner.v1 import product_service_pb2 as product_pb
 from services.shared.keys import new_platform_key
 from tests.harness import Clients, Platform, Service, reason
 
+pytestmark = pytest.mark.early(45)
+
 Shared = tuple[Platform, list[Service]]
 Extent = Callable[[int, int], int]
 Shown = list[tuple[str, str]]

@@ -24,7 +24,7 @@ from tests.chaos.score_card import SEEDS, Score
 from tests.chaos.subject import Subject
 from tests.harness import Product, eventually, new_database, running_platform
 
-pytestmark = pytest.mark.early
+pytestmark = pytest.mark.early(20)
 
 KILLS = "kill -9 at every failpoint, of each process and of dockerd"
 CONVERGENCE = "convergence after a kill, p99"
@@ -50,6 +50,7 @@ def test_no_failpoint_is_forgotten() -> None:
     assert tried == {Case(name, point) for name, operation in OPERATIONS.items() for point in operation.points}
 
 
+@pytest.mark.early(150)
 @pytest.mark.figure(KILLS)
 @pytest.mark.figure(CONVERGENCE)
 @pytest.mark.figure(LOST)

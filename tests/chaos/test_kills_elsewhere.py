@@ -216,7 +216,7 @@ def no_rotation(images: None, docker_api: APIClient) -> Iterator[None]:
 
 
 @pytest.mark.long
-@pytest.mark.early
+@pytest.mark.early(90)
 @pytest.mark.figure(CONVERGENCE)
 @pytest.mark.usefixtures("no_rotation")
 async def test_a_provisioner_of_containers_killed_at_a_failpoint_is_followed_by_one_that_finishes(

@@ -15,7 +15,7 @@ from tests.fuzz.targets import Tally, running_targets
 FIGURE = "malformed inputs tried; 5xx or hangs"
 
 
-@pytest.mark.early
+@pytest.mark.early(145)
 @pytest.mark.figure(FIGURE)
 def test_malformed_input_does_no_harm(
     database_url: str, tmp_path: Path, pytestconfig: pytest.Config, extent: Callable[[int, int], int], score: Score

@@ -93,7 +93,7 @@ async def test_a_restart_is_over_within_seconds_and_no_call_waits_past_its_deadl
     assert others.outcomes().keys() <= {"engine_not_found", "UNAVAILABLE"}
 
 
-@pytest.mark.early
+@pytest.mark.early(310)
 @pytest.mark.figure(GONE)
 async def test_without_postgresql_running_engines_are_admitted_and_a_new_user_is_told_at_once(
     callers: Callers, installed: Installed, tmp_path: Path, score: Score, extent: Extent

@@ -188,7 +188,7 @@ def starts(platform: Platform, engine_id: str) -> list[str]:
     return (platform.directory / "var" / "engines" / engine_id / "data" / "starts").read_text().split()
 
 
-@pytest.mark.early
+@pytest.mark.early(30)
 async def test_no_effect_is_doubled_whoever_is_lost_and_comes_back(
     platform: Platform, muster: Muster, seed: int, extent: Callable[[int, int], int]
 ) -> None:
@@ -226,7 +226,7 @@ async def test_no_effect_is_doubled_whoever_is_lost_and_comes_back(
         return lives
 
     lives = [asyncio.create_task(live(f"u{n}")) for n in range(4)]
-    for _ in range(extent(2, 8)):
+    for _ in range(extent(2, 6)):
         member = chance.choice(members)
         lost.add(member)
         # The moment is the point here, not a wait for anything.

@@ -27,7 +27,7 @@ from tests.integration.test_life_cycle import User, accepted, process_of
 from tests.integration.test_sleep import REASON, Sleepers
 from tests.integration.test_warm_pool import destroy, ensure, filled, pool_of, ready
 
-pytestmark = pytest.mark.early
+pytestmark = pytest.mark.early(20)
 
 Connect = Callable[..., Clients]
 Extent = Callable[[int, int], int]
@@ -61,6 +61,7 @@ async def sampled(platform: Platform, product: Product) -> AsyncIterator[list[in
     sampling.cancel()
 
 
+@pytest.mark.early(195)
 @pytest.mark.figure(DUPLICATES)
 async def test_of_all_who_want_a_users_engine_at_once_one_makes_it(
     platform: Platform, connect: Connect, score: Score, extent: Extent
@@ -208,6 +209,7 @@ async def test_no_member_of_the_pool_is_given_twice_though_members_die(
     await filled(platform, size)
 
 
+@pytest.mark.early(85)
 @pytest.mark.figure(TOGETHER)
 async def test_nobody_who_is_admitted_hangs_or_finds_the_engine_of_another(
     platform: Platform, connect: Connect, seed: int, score: Score, extent: Extent

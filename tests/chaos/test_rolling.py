@@ -17,7 +17,7 @@ from tests.e2e.gateway_process import Gateway, started_gateway
 from tests.harness import Clients, Platform, Service
 from tests.integration.backend_rigs import free_port
 
-pytestmark = pytest.mark.early
+pytestmark = pytest.mark.early(150)
 
 FIGURE = "requests failed in 100 rolling restarts"
 # More than a health check of the gateway takes to notice.

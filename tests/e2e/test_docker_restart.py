@@ -20,7 +20,7 @@ from tests.harness import Clients, Product, eventually
 from tests.integration.docker_daemon import docker_api
 from tests.integration.test_life_cycle import User, accepted, execute
 
-pytestmark = pytest.mark.early
+pytestmark = pytest.mark.early(20)
 
 __all__ = ["docker_api", "images"]
 

@@ -20,7 +20,7 @@ from services.provisioner.domain.audit import AuditAction
 from services.shared.keys import new_platform_key
 from tests.harness import DEADLINE_S, ROOT, Platform, Service, eventually
 
-pytestmark = pytest.mark.early
+pytestmark = pytest.mark.early(20)
 
 Shared = tuple[Platform, list[Service]]
 TIME = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z"

@@ -16,7 +16,7 @@ from services.shared.failpoints import VARIABLE
 from tests.harness import Clients, Platform, eventually, reason
 from tests.integration.test_life_cycle import User
 
-pytestmark = pytest.mark.early
+pytestmark = pytest.mark.early(20)
 
 Connect = Callable[..., Clients]
 LEASE = {"ORCH_OPERATION_LEASE_S": "1"}

@@ -20,7 +20,7 @@ from services.shared.postgres import Database
 from tests.harness import Clients, Platform, Product, Service, eventually
 from tests.integration.test_life_cycle import User, process_of
 
-pytestmark = pytest.mark.early
+pytestmark = pytest.mark.early(20)
 
 Connect = Callable[..., Clients]
 STATUS = engine_pb2.Engine.Status

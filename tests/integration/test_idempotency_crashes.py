@@ -17,7 +17,7 @@ from september.provisioner.v1 import product_service_pb2 as product_pb
 from september.provisioner.v1 import provisioner_service_pb2 as pb
 from tests.harness import Clients, Platform, Product, Service, eventually, reason
 
-pytestmark = pytest.mark.early
+pytestmark = pytest.mark.early(20)
 
 Connect = Callable[..., Clients]
 LEASE = {"ORCH_OPERATION_LEASE_S": "1"}

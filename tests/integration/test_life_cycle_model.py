@@ -21,7 +21,7 @@ from september.engine.v1 import denial_pb2, engine_pb2
 from tests.harness import Clients, Platform, Product, eventually, new_database, reason
 from tests.integration.test_life_cycle import User, accepted, process_of
 
-pytestmark = pytest.mark.early
+pytestmark = pytest.mark.early(20)
 
 STATUS = engine_pb2.Engine.Status
 # A failure is shown as it happened: a second run of real processes is another run.

@@ -30,7 +30,7 @@ from services.shared.postgres import Database
 from tests.harness import DEADLINE_S, ROOT, eventually
 from tests.integration.rate_limit_process import Orders
 
-pytestmark = pytest.mark.early
+pytestmark = pytest.mark.early(20)
 
 WINDOW_S = 1.0
 LEASE_S = 0.05

@@ -20,7 +20,7 @@ from september.admission.v1.admission_service_pb2_grpc import AdmissionServiceSt
 from tests.e2e.gateway_process import Gateway, Inside, running_gateway
 from tests.harness import Clients, Platform, Product
 
-pytestmark = pytest.mark.early
+pytestmark = pytest.mark.early(20)
 
 MINUTE_S = 60.0
 LIMIT = 600

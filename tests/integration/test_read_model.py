@@ -24,7 +24,7 @@ from services.shared.postgres import Database
 from tests.harness import Clients, Platform, Product, eventually, reason, retry_after_s
 from tests.integration.test_life_cycle import User
 
-pytestmark = pytest.mark.early
+pytestmark = pytest.mark.early(20)
 
 Connect = Callable[..., Clients]
 REASON = denial_pb2.Denial.Reason

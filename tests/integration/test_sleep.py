@@ -17,7 +17,7 @@ from services.shared.failpoints import VARIABLE
 from tests.harness import Clients, Platform, eventually, reason
 from tests.integration.test_life_cycle import User, accepted, actions, execute, process_of
 
-pytestmark = pytest.mark.early
+pytestmark = pytest.mark.early(20)
 
 Connect = Callable[..., Clients]
 STATUS = engine_pb2.Engine.Status

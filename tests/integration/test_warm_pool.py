@@ -19,7 +19,7 @@ from september.provisioner.v1 import fleet_service_pb2 as fleet_pb
 from september.provisioner.v1 import provisioner_service_pb2 as pb
 from tests.harness import Clients, Platform, Product, eventually, reason
 
-pytestmark = pytest.mark.early
+pytestmark = pytest.mark.early(20)
 
 Connect = Callable[..., Clients]
 NOTHING = {"rows": 0, "ports": 0, "processes": 0, "volumes": 0}
