@@ -39,10 +39,10 @@ test-long: $(VENV)/.dev ## Run the tests that take minutes.
 fuzz: $(VENV)/.dev ## Make 100,000 malformed calls, 2 minutes on two cores; SEED=n replays those of a run.
 	$(BIN)/pytest tests/chaos/test_malformed.py --full -s --seed $(or $(SEED),$(shell date +%s))
 
-chaos: $(VENV)/.dev ## Break things, about 25 minutes on two cores, and write the score card into docs/reliability.md.
+chaos: $(VENV)/.dev ## Break things, about 20 minutes on two cores, and write the score card into docs/reliability.md.
 	@docker info >/dev/null 2>&1 || { echo "no Docker daemon answers" >&2; exit 1; }
 	deploy/docker/make-engine-image $(ENGINE_IMAGE)
-	REQUIRE_DOCKER=1 $(BIN)/pytest tests/chaos --full -m "" -n 3 --dist load --maxschedchunk 1
+	REQUIRE_DOCKER=1 $(BIN)/pytest tests/chaos --full -m "" -n 4 --dist load --maxschedchunk 1
 
 bench: $(VENV)/.bench ## Measure what docs/performance.md promises, under 10 minutes; QUICK=1 for 90 s, PEERS=jupyterhub for more.
 	@command -v h2load >/dev/null || { echo "h2load is missing: apt-get install nghttp2-client" >&2; exit 1; }

@@ -28,7 +28,7 @@ from tests.chaos.crew import Crew
 from tests.chaos.monkey import Part
 from tests.chaos.operations import OPERATIONS, Case, cases
 from tests.chaos.score_card import Score
-from tests.chaos.test_kills import CONVERGENCE, KILLS, RECONCILE_S, converged, survived
+from tests.chaos.test_kills import CONVERGENCE, KILLS, RECONCILE_S, ahead, converged, survived
 from tests.e2e.gateway_process import Inside, running_gateway
 from tests.e2e.test_docker import IMAGE, DockerPlatform, images
 from tests.e2e.test_docker import platform as docker_platform
@@ -38,7 +38,7 @@ from tests.integration.docker_daemon import docker_api
 from tests.integration.test_life_cycle import User
 from tests.integration.test_master_key import NEW, OLD, Rows, rows
 
-__all__ = ["docker_api", "docker_platform", "images", "rows"]
+__all__ = ["ahead", "docker_api", "docker_platform", "images", "rows"]
 
 pytestmark = pytest.mark.figure(KILLS)
 
@@ -218,7 +218,7 @@ def no_rotation(images: None, docker_api: APIClient) -> Iterator[None]:
 @pytest.mark.long
 @pytest.mark.early(90)
 @pytest.mark.figure(CONVERGENCE)
-@pytest.mark.usefixtures("no_rotation")
+@pytest.mark.usefixtures("no_rotation", "ahead")
 async def test_a_provisioner_of_containers_killed_at_a_failpoint_is_followed_by_one_that_finishes(
     docker_platform: DockerPlatform, seed: int, score: Score
 ) -> None:
