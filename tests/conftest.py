@@ -1,5 +1,6 @@
 """Fixtures that all tests share."""
 
+import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -47,10 +48,20 @@ def database_url(postgres_url: str) -> str:
     return new_database(postgres_url)
 
 
+def _ports(first: int) -> dict[str, str]:
+    """As many of a thousand as are no other test process's.
+
+    If an engine's port is taken just as it starts, and an engine of others answers there, that passes for its own.
+    """
+    share = 1000 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    low = first + share * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return {"ORCH_PORT_MIN": f"{low}", "ORCH_PORT_MAX": f"{low + share - 1}"}
+
+
 @pytest.fixture
 def platform(database_url: str, tmp_path: Path) -> Iterator[Platform]:
     """An installation of the test's own, nothing started yet."""
-    with running_platform(database_url, tmp_path, ORCH_PORT_MIN="20000", ORCH_PORT_MAX="20999") as platform:
+    with running_platform(database_url, tmp_path, **_ports(20000)) as platform:
         yield platform
 
 
@@ -58,8 +69,7 @@ def platform(database_url: str, tmp_path: Path) -> Iterator[Platform]:
 def shared(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Platform, list[Service]]]:
     """One installation for all tests that only need a product of their own: a Provisioner and two Admissions."""
     directory = tmp_path_factory.mktemp("shared")
-    ports = {"ORCH_PORT_MIN": "21000", "ORCH_PORT_MAX": "21999"}
-    with running_platform(new_database(postgres_url), directory, **ports) as platform:
+    with running_platform(new_database(postgres_url), directory, **_ports(21000)) as platform:
         provisioner = platform.provisioner()
         yield platform, [provisioner, platform.admission(provisioner), platform.admission(provisioner)]
 
