@@ -48,9 +48,9 @@ SETTINGS = {
 def ahead() -> Iterator[None]:
     """What is started meanwhile goes before what the machine does besides, if the test may say so: it is timed."""
     with suppress(PermissionError):
-        os.setpriority(os.PRIO_PROCESS, 0, -10)
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     yield
-    os.setpriority(os.PRIO_PROCESS, 0, 0)
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 @pytest.mark.figure(KILLS)
