@@ -39,7 +39,7 @@ test-long: $(VENV)/.dev ## Run the tests that take minutes.
 fuzz: $(VENV)/.dev ## Make 100,000 malformed calls, 2 minutes on two cores; SEED=n replays those of a run.
 	$(BIN)/pytest tests/chaos/test_malformed.py --full -s --seed $(or $(SEED),$(shell date +%s))
 
-chaos: $(VENV)/.dev ## Break things, about 20 minutes on two cores, and write the score card into docs/reliability.md.
+chaos: $(VENV)/.dev ## Break things, under 20 minutes on two cores, and write the score card into docs/reliability.md.
 	@docker info >/dev/null 2>&1 || { echo "no Docker daemon answers" >&2; exit 1; }
 	deploy/docker/make-engine-image $(ENGINE_IMAGE)
 	REQUIRE_DOCKER=1 $(BIN)/pytest tests/chaos --full -m "" -n 4 --dist load --maxschedchunk 1
