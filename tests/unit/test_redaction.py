@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import pytest
 from cryptography.fernet import Fernet
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from services.shared.keys import EngineKeyring, new_engine_key, new_platform_key
@@ -37,6 +37,7 @@ PLAIN = st.text(alphabet=st.characters(exclude_characters="@=", exclude_categori
 @given(before=PLAIN, after=PLAIN)
 def test_a_secret_is_found_in_any_text(kind: str, before: str, after: str) -> None:
     secret, written = SECRETS[kind]
+    assume(not [part for part in secret.split() if part in before + after])
     shown = redact(f"{before} {written.format(secret)} {after}")
     assert not [part for part in secret.split() if part in shown]
     assert shown.startswith(before)
