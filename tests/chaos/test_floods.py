@@ -27,7 +27,7 @@ from tests.e2e.gateway_process import DEADLINE_S, Gateway, Inside, eventually, r
 from tests.harness import ROOT, Clients, Platform, Product
 
 # Calls that pile up take more in the end; where processors run short some always do.
-MOST_MEMORY = 2**30
+MOST_MEMORY = 512 * 2**20
 WRONG_KEYS_PER_S = 1000
 # Where others take the processors one may do more harm than it can, but not most of them.
 MOST_FLOODS = 6
