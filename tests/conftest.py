@@ -1,6 +1,5 @@
 """Fixtures that all tests share."""
 
-import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from services.shared import embedded_postgres
-from tests.harness import Clients, Platform, Service, new_database, running_platform
+from tests.harness import Clients, Platform, Service, new_database, ports_from, running_platform
 
 pytest_plugins = ["tests.chaos.score_card"]
 
@@ -48,20 +47,10 @@ def database_url(postgres_url: str) -> str:
     return new_database(postgres_url)
 
 
-def _ports(first: int) -> dict[str, str]:
-    """As many of a thousand as are no other test process's.
-
-    If an engine's port is taken just as it starts, and an engine of others answers there, that passes for its own.
-    """
-    share = 1000 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    low = first + share * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
-    return {"ORCH_PORT_MIN": f"{low}", "ORCH_PORT_MAX": f"{low + share - 1}"}
-
-
 @pytest.fixture
 def platform(database_url: str, tmp_path: Path) -> Iterator[Platform]:
     """An installation of the test's own, nothing started yet."""
-    with running_platform(database_url, tmp_path, **_ports(20000)) as platform:
+    with running_platform(database_url, tmp_path, **ports_from(20000)) as platform:
         yield platform
 
 
@@ -69,7 +58,7 @@ def platform(database_url: str, tmp_path: Path) -> Iterator[Platform]:
 def shared(postgres_url: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Platform, list[Service]]]:
     """One installation for all tests that only need a product of their own: a Provisioner and two Admissions."""
     directory = tmp_path_factory.mktemp("shared")
-    with running_platform(new_database(postgres_url), directory, **_ports(21000)) as platform:
+    with running_platform(new_database(postgres_url), directory, **ports_from(21000)) as platform:
         provisioner = platform.provisioner()
         yield platform, [provisioner, platform.admission(provisioner), platform.admission(provisioner)]
 

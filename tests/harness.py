@@ -45,6 +45,16 @@ def eventually(condition: Any, what: str, deadline_s: float = DEADLINE_S) -> Any
         time.sleep(0.02)
 
 
+def ports_from(first: int) -> dict[str, str]:
+    """As many of a thousand as are no other test process's.
+
+    If an engine's port is taken just as it starts, and an engine of others answers there, that passes for its own.
+    """
+    share = 1000 // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    low = first + share * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return {"ORCH_PORT_MIN": f"{low}", "ORCH_PORT_MAX": f"{low + share - 1}"}
+
+
 class Service:
     """One service's process, started and serving."""
 

@@ -23,7 +23,7 @@ from tests.chaos.operations import ELSEWHERE, OPERATIONS, Case, Operation, cases
 from tests.chaos.oracle import oracle
 from tests.chaos.score_card import SEEDS, Score
 from tests.chaos.subject import Subject
-from tests.harness import Product, eventually, new_database, running_platform
+from tests.harness import Product, eventually, new_database, ports_from, running_platform
 
 pytestmark = pytest.mark.early(20)
 
@@ -39,8 +39,7 @@ SETTINGS = {
     "ORCH_RESTART_BACKOFF_BASE_S": "0.1",
     "ORCH_RESTART_MAX_ATTEMPTS": "2",
     "ORCH_SLEEP_CHECK_INTERVAL_S": "0.2",
-    "ORCH_PORT_MIN": "28000",
-    "ORCH_PORT_MAX": "28999",
+    **ports_from(28000),
 }
 
 
