@@ -1,5 +1,6 @@
 """PostgreSQL 16 from a package, for when no other is given."""
 
+import atexit
 import signal
 import time
 import warnings
@@ -112,4 +113,6 @@ def _server(data_dir: Path) -> "PostgresServer":
         if not is_running(data_dir):
             (data_dir / _PID_FILE).unlink(missing_ok=True)
     server.start()
+    # At the end of this process it would do nothing but make the lock's directory anew, if that was removed.
+    atexit.unregister(server._cleanup)
     return server

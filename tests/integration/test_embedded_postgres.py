@@ -1,13 +1,17 @@
 """The PostgreSQL from a package, over a directory of its own."""
 
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psycopg
 import pytest
 
 from services.shared import embedded_postgres
+from tests.harness import ROOT
 
 
 @pytest.fixture
@@ -39,6 +43,18 @@ def test_is_not_taken_for_running_when_another_process_has_the_pid_of_a_dead_one
 
     assert not embedded_postgres.is_running(data_dir)
     assert answers(embedded_postgres.start(data_dir))
+
+
+def test_what_is_removed_after_a_stop_stays_so_when_the_process_ends(tmp_path: Path) -> None:
+    # Where another user may enter.
+    with TemporaryDirectory(prefix="september-") as directory:
+        script = (
+            "import shutil, sys; from pathlib import Path; from services.shared.embedded_postgres import start, stop;"
+            "data_dir = Path(sys.argv[1]) / 'data'; start(data_dir); stop(data_dir); shutil.rmtree(data_dir.parent)"
+        )
+        removed = Path(directory) / "all"
+        subprocess.run([sys.executable, "-c", script, removed], cwd=ROOT, check=True)
+        assert not removed.exists()
 
 
 def test_refuses_a_path_too_long_for_its_socket(tmp_path: Path) -> None:
