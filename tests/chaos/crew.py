@@ -32,6 +32,7 @@ class Crew:
             VARIABLE: str(self._links),
         }
         self._clients: dict[Service, Clients] = {}
+        self._exposed: list[Service] = []
 
     async def muster(self, size: int) -> None:
         """Starts or ends Provisioners until so many live."""
@@ -55,12 +56,12 @@ class Crew:
         return self.platform.open_operations() == 0 and pool == [(self._pool,)]
 
     def break_at(self, point: Point, action: Literal["SIGKILL", "SIGSTOP"] = "SIGKILL") -> None:
-        """The first Provisioner to come to the point is to be killed or stopped there."""
+        """The first of those that live to come to the point is to be killed or stopped there."""
+        self._exposed = self.living()
         (self._links / point).symlink_to(action)
 
     async def broken(self, point: Point) -> Service:
-        """Waits until one has been killed or stopped at the point; returns it."""
-        before = self.living()
+        """Waits until one has been killed or stopped at the point, perhaps long ago; returns it."""
 
         def is_broken(service: Service) -> bool:
             with suppress(psutil.NoSuchProcess):
@@ -69,7 +70,7 @@ class Crew:
             return service.process.poll() is not None
 
         def found() -> Service | None:
-            return next(filter(is_broken, before), None)
+            return next(filter(is_broken, self._exposed), None)
 
         service: Service = await asyncio.to_thread(eventually, found, f"one is broken at {point}")
         return service
