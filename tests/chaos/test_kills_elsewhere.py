@@ -28,7 +28,7 @@ from tests.chaos.crew import Crew
 from tests.chaos.monkey import Part
 from tests.chaos.operations import OPERATIONS, Case, cases
 from tests.chaos.score_card import Score
-from tests.chaos.test_kills import CONVERGENCE, KILLS, RECONCILE_S, ahead, converged, survived
+from tests.chaos.test_kills import CONVERGENCE, KILLS, RECONCILE_S, Settled, ahead, converged, survived
 from tests.e2e.gateway_process import Inside, running_gateway
 from tests.e2e.test_docker import IMAGE, DockerPlatform, images
 from tests.e2e.test_docker import platform as docker_platform
@@ -228,14 +228,14 @@ async def test_a_provisioner_of_containers_killed_at_a_failpoint_is_followed_by_
     await crew.muster(1)
     product: Product = await crew.clients()[0].register(allowed_images=[IMAGE, NO_ROTATION])
     tried = [case for case in cases(seed) if case.operation in ON_CONTAINERS and not case.point.startswith("process.")]
-    settled_s = []
-    for name, point in (*tried, *DOCKER_CASES):
-        operation = OPERATIONS[name]
+    settled = []
+    for case in (*tried, *DOCKER_CASES):
+        operation = OPERATIONS[case.operation]
         image = NO_ROTATION if operation.image else ""
         both_live = chance.random() < 0.5
-        took_s, lost = await survived(crew, product, replace(operation, image=image), point, both_live=both_live)
-        print(f"{name}, {point}: {took_s:.1f} s")
-        settled_s.append(took_s)
-        assert not lost, (name, point)
+        took_s, lost = await survived(crew, product, replace(operation, image=image), case.point, both_live=both_live)
+        print(f"{case.operation}, {case.point}: {took_s:.1f} s")
+        settled.append(Settled(took_s, case))
+        assert not lost, case
     await crew.close()
-    converged(score, settled_s, " in containers")
+    converged(score, settled, " in containers")
