@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -21,7 +22,7 @@ from services.provisioner.store.migrations import migrate
 from services.shared.errors import Unavailable
 from services.shared.keys import EngineKeyring, new_platform_key, platform_key_hash
 from services.shared.postgres import Database
-from tests.harness import Clients, Platform, Product, eventually, reason, retry_after_s
+from tests.harness import Clients, Platform, Product, Service, eventually, reason, retry_after_s
 from tests.integration.test_life_cycle import User
 
 pytestmark = pytest.mark.early(20)
@@ -76,16 +77,20 @@ class Known:
             assert time.monotonic() - begun < seconds, answers
 
 
-@pytest.fixture
-async def known(platform: Platform, connect: Connect) -> Known:
-    provisioner = platform.provisioner()
-    clients = connect(platform, provisioner, platform.admission(provisioner), platform.admission(provisioner))
+async def knowing(platform: Platform, clients: Clients) -> Known:
     known = Known(clients, await clients.register())
     assert (await known.user.admit(auto_provision=True)).admitted
     # What they know of its boot they forget once more when they read the feed.
     await asyncio.to_thread(platform.replicas_know)
     assert await known.answers() == {"admitted"}
     return known
+
+
+@pytest.fixture
+async def known(platform: Platform, connect: Connect) -> Known:
+    provisioner = platform.provisioner()
+    clients = connect(platform, provisioner, platform.admission(provisioner), platform.admission(provisioner))
+    return await knowing(platform, clients)
 
 
 async def test_nothing_is_remembered_of_a_registry_that_was_restored(known: Known, platform: Platform) -> None:
@@ -158,13 +163,8 @@ async def test_without_the_registry_running_engines_are_admitted_to_and_nobody_w
 ) -> None:
     provisioner = platform.provisioner(ORCH_STALE_OK_S="7")
     admissions = [platform.admission(provisioner, ORCH_STALE_OK_S="7") for _ in range(2)]
-    clients = connect(platform, provisioner, *admissions)
-    known = Known(clients, await clients.register())
-    assert (await known.user.admit(auto_provision=True)).admitted
-    # What they know of its boot they forget once more when they read the feed.
-    await asyncio.to_thread(platform.replicas_know)
-    assert await known.answers() == {"admitted"}
-    stranger = Known(clients, known.user.product)
+    known = await knowing(platform, connect(platform, provisioner, *admissions))
+    stranger = Known(known.clients, known.user.product)
     stranger.user.user_id = "stranger"
     with gone(platform):
         begun = time.monotonic()
@@ -182,17 +182,28 @@ async def test_without_the_registry_running_engines_are_admitted_to_and_nobody_w
 
 
 async def test_what_changes_while_the_registry_is_gone_is_known_when_it_is_back(
-    known: Known, platform: Platform
+    platform: Platform, connect: Connect
 ) -> None:
+    provisioner = platform.provisioner()
+    admissions = [platform.admission(provisioner) for _ in range(2)]
+    known = await knowing(platform, connect(platform, provisioner, *admissions))
     stranger = Known(known.clients, known.user.product)
     stranger.user.user_id = "stranger"
     with gone(platform) as connection:
+        # One whose look-ups fail may not have tried the feed yet, and could miss the outage.
+        for admission in admissions:
+            await asyncio.to_thread(eventually, partial(noticed, admission), "the outage is noticed")
         await stranger.within(OLDEST_S, "UNAVAILABLE")
         # Nobody is told, not by the feed either: a registry that was restored from a copy.
         connection.execute("SET session_replication_role = replica")
         connection.execute("UPDATE products SET disabled_at = now()")
         assert await known.answers() == {"admitted"}
     await known.within(15, "INVALID_PLATFORM_KEY")
+
+
+def noticed(admission: Service) -> bool:
+    """Whether it has read the change feed in vain."""
+    return any(event["event"] == "change_feed_unreachable" for event in admission.events())
 
 
 class Rig:
