@@ -29,6 +29,7 @@ from tests.canaries import Canaries
 from tests.harness import ROOT, Clients, Platform, Product, eventually, reason
 from tests.integration.docker_daemon import docker_api, remove_all
 from tests.integration.test_isolation import bridge_of, iptables, needs_root
+from tests.integration.test_life_cycle import User
 
 __all__ = ["docker_api"]
 
@@ -452,3 +453,51 @@ async def test_engines_that_the_prober_is_cut_off_from_are_left_alone(
     await asyncio.to_thread(eventually, lambda: platform.query(well, moment), "all are well")
     assert instances() == before
     assert platform.query("SELECT DISTINCT action FROM audit_events WHERE engine_id IS NOT NULL") == [("provision",)]
+
+
+@needs_root
+async def test_a_container_that_docker_can_not_freeze_is_said_to_run(platform: DockerPlatform, connect: Connect) -> None:
+    provisioner = platform.provisioner()
+    clients = connect(platform, provisioner, platform.admission(provisioner))
+    user = User(clients, await clients.register())
+    made = await user.call("Provision")
+
+    async def refusal() -> str | None:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await user.call("Sleep")
+        assert reason(refused.value) == "UNAVAILABLE"
+        return refused.value.details()
+
+    with kept_thawed(platform.api, f"engine-{made.engine_id}"):
+        async with asyncio.timeout(20):
+            # At first it is awake for other reasons.
+            while await refusal() != "the engine stays awake: it could not be frozen":
+                pass
+        assert platform.query("SELECT status, busy_reason FROM engines") == [
+            ("running", "the engine stays awake: it could not be frozen")
+        ]
+        engine = (await user.admit()).engine
+        assert await execute(engine.url, engine.api_key) == 200
+    [event] = [event for event in provisioner.events() if event["event"] == "backend_refused"][-1:]
+    assert (event["call"], event["engine_id"]) == ("freeze", made.engine_id)
+    assert "pause failed" in event["reason"]
+    await user.sleep()
+    assert platform.api.inspect_container(f"engine-{made.engine_id}")["State"]["Paused"]
+    assert await execute(engine.url, (await user.admit(auto_wake=True)).engine.api_key) == 200
+
+
+@contextmanager
+def kept_thawed(api: APIClient, container: str) -> Iterator[None]:
+    """Within the block the host can't freeze the container: the file to write that to is read-only."""
+    pid = api.inspect_container(container)["State"]["Pid"]
+    groups = dict(line.split(":", 2)[1:] for line in Path(f"/proc/{pid}/cgroup").read_text().splitlines())
+    if "freezer" in groups:
+        file = Path("/sys/fs/cgroup/freezer", groups["freezer"].lstrip("/"), "freezer.state")
+    else:
+        file = Path("/sys/fs/cgroup", groups[""].lstrip("/"), "cgroup.freeze")
+    subprocess.run(["mount", "--bind", file, file], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", file], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", file], check=True)

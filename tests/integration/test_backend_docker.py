@@ -204,6 +204,35 @@ async def test_an_engine_writes_its_volume_and_nothing_that_stays(docker_rig: Do
     ]  # fmt: skip
 
 
+async def test_an_engine_that_forks_all_the_time_is_frozen_whole_or_not_at_all(docker_rig: DockerRig) -> None:
+    backend = await docker_rig.backend()
+    spec = await running(docker_rig, backend)
+    forks = "for n in 1 2 3 4; do while :; do (echo >>/data/turns); done & done; wait"
+    execution = docker_rig.api.exec_create(f"engine-{spec.engine_id}", ["/bin/busybox", "sh", "-c", forks])
+    docker_rig.api.exec_start(execution["Id"], detach=True)
+    volume = docker_rig.volume(spec.engine_id)
+    assert volume is not None
+
+    def turns() -> int:
+        return (volume / "turns").stat().st_size if (volume / "turns").exists() else 0
+
+    for _ in range(10):
+        try:
+            await backend.freeze(spec.engine_id)
+        except BackendError as error:
+            # The host gives it up now and then, and lets it go on.
+            assert error.message == "it could not be frozen"  # noqa: PT017
+            assert await backend.inspect(spec.engine_id) == Instance(spec.engine_id, 1, InstanceState.RUNNING)
+        else:
+            frozen = turns()
+            for _ in range(20):
+                assert await backend.inspect(spec.engine_id) == Instance(spec.engine_id, 1, InstanceState.FROZEN)
+            assert turns() == frozen
+            await backend.thaw(spec.engine_id)
+        before = turns()
+        await until(lambda before=before: turns() > before)  # type: ignore[misc]
+
+
 async def test_engines_are_reached_by_loopback_only_from_the_host(docker_rig: DockerRig) -> None:
     backend = await docker_rig.backend()
     spec = await running(docker_rig, backend)

@@ -20,6 +20,7 @@ from services.provisioner.backends.docker_errors import (
     is_network_gone,
     is_not_paused,
     is_port_refused,
+    is_refused,
     translated,
 )
 from services.provisioner.backends.engine_network import EngineNetwork
@@ -239,6 +240,8 @@ class DockerBackend:
             try:
                 self._api.pause(found.id)
             except APIError as exc:
+                if is_refused(exc):
+                    raise BackendError("it could not be frozen") from exc
                 if not is_conflict(exc):  # It has not ended, or been frozen, meanwhile.
                     raise
             self._frozen[engine_id] = found

@@ -11,7 +11,7 @@ from services.shared.errors import BackendError, Unavailable
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Turns Docker's errors into the callers'; what Docker said stays in the cause, for the log."""
+    """Turns Docker's errors into the callers'; what Docker said stays in the cause, which is logged."""
     try:
         yield
     except APIError as exc:
@@ -26,6 +26,11 @@ def translated() -> Iterator[None]:
 def is_conflict(error: APIError) -> bool:
     """Another call got ahead; 403 is what a network says whose bridge there is already."""
     return error.status_code in (403, 409)
+
+
+def is_refused(error: APIError) -> bool:
+    """The daemon has tried, and the host did not let it."""
+    return bool(error.status_code == 500)
 
 
 def is_port_refused(error: APIError) -> bool:

@@ -1,14 +1,18 @@
-"""A backend whose every call is measured."""
+"""A backend whose every call is measured, and every refusal logged with its reason."""
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from uuid import UUID
 
+import structlog
+
 from services.provisioner.backends.base import Backend, EngineSpec, Instance, PortTaken, Usage
 from services.provisioner.metrics import BACKEND_CALLS
 from services.shared.errors import BackendError
 from services.shared.tracing import span
+
+log = structlog.get_logger(__name__)
 
 
 class ObservedBackend:
@@ -79,8 +83,13 @@ def _observed(call: str) -> Iterator[None]:
         with span(f"backend {call}"):
             yield
         result = "done"
-    except (BackendError, PortTaken):
+    except PortTaken:
         result = "refused"
+        raise
+    except BackendError as error:
+        result = "refused"
+        # What callers are told says nothing of the inside.
+        log.warning("backend_refused", call=call, error=error.message, reason=str(error.__cause__ or ""))
         raise
     finally:
         BACKEND_CALLS.labels(call, result).observe(time.monotonic() - begun)
