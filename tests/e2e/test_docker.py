@@ -456,7 +456,9 @@ async def test_engines_that_the_prober_is_cut_off_from_are_left_alone(
 
 
 @needs_root
-async def test_a_container_that_docker_can_not_freeze_is_said_to_run(platform: DockerPlatform, connect: Connect) -> None:
+async def test_a_container_that_docker_can_not_freeze_is_said_to_run(
+    platform: DockerPlatform, connect: Connect
+) -> None:
     provisioner = platform.provisioner()
     clients = connect(platform, provisioner, platform.admission(provisioner))
     user = User(clients, await clients.register())

@@ -285,6 +285,28 @@ async def test_a_body_of_64_kib_passes_and_one_byte_more_does_not(served: Served
     assert len(served.provisioner.calls["kib"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("path_length", "body_length", "message"),
+    [
+        (15_000, 45_000, "user_id is not the same in path and body"),
+        (15_000, 45_001, "the body is not the JSON object that this call takes"),
+        (1, 65_536, "the body is not the JSON object that this call takes"),
+        (1, 65_537, "the body is over 64 KiB"),
+        (1, 200_000, "the body is over 64 KiB"),
+    ],
+)
+async def test_a_complaint_that_repeats_a_long_body_is_no_error_of_the_gateways(
+    served: Served, path_length: int, body_length: int, message: str
+) -> None:
+    body = b'{"user_id":"' + b"x" * (body_length - 14) + b'"}'
+    answer = await served.gateway.rest("POST", f"/engines/{'y' * path_length}/admit", body)
+    assert answer.own_error() == (400, "INVALID_REQUEST", message)
+    chunks = b"".join(b"%x\r\n%s\r\n" % (len(body[i : i + 999]), body[i : i + 999]) for i in range(0, len(body), 999))
+    head = b"POST /engines/%s/admit HTTP/1.1\r\nhost: gateway\r\nconnection: close\r\n" % (b"y" * path_length)
+    answer = await served.gateway.raw(head + b"transfer-encoding: chunked\r\n\r\n" + chunks + b"0\r\n\r\n")
+    assert answer.own_error() == (400, "INVALID_REQUEST", message)
+
+
 async def test_a_body_that_grows_over_64_kib_in_protobuf_is_refused_too(served: Served) -> None:
     body = b'{"x":[' + b"1," * 20_000 + b"1]}"
     answer = await served.gateway.rest("PUT", "/products/grown/policy", body)

@@ -59,6 +59,7 @@ BODIES = [
     b'{"auto_provision":"yes"}', b"{'auto_wake':true}", b'{"keep_awake_s":1e3}', b'{"keep_awake_s":1.5}',
     b'{"keep_awake_s":"1"}', b'{"keep_awake_s":99999999999}', b'{"keep_awake_s":-0}', b'{"user_id":"b"}',
     b'{"user_id":"\\u0000"}', b'{"user_id":null}', b'{"user_id":"' + b"x" * 70_000 + b'"}', b'{"user_id":"a","x":1}',
+    b'{"user_id":"' + b"x" * 65_500 + b'"}',
     b'{"engine_version":"169.254.169.254/x","user_id":"a"}', b'{"engine_version":"a\\u0000","user_id":"a"}',
     b'{"grace_s":-1}', b'{"@type":"type.googleapis.com/google.protobuf.Any"}', b"{/**/}", b"{} //", b'{"a":1,}',
     b"\x00\x00\x00\x00\x00", b"\x1f\x8b\x08",
