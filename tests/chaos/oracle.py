@@ -1,5 +1,6 @@
 """The one check after every run: the registry, and what exists, say the same."""
 
+from collections.abc import Iterable
 from contextlib import suppress
 
 import psutil
@@ -31,19 +32,24 @@ def oracle(platform: Platform) -> None:
         strays = set(found.values()) - _ids(platform, _MAY_HAVE_ONE)
         # One that was about to be destroyed is gone by now: the row goes last.
         assert not strays & set(_engines(platform).values()), f"processes of no engine that is awake: {strays}"
-        return set(found.values()) == _ids(platform, _HAS_A_PROCESS)
+        listened = _listened(found)
+        leased = {port for (port,) in platform.query("SELECT port FROM port_leases")}
+        assert listened <= leased, (listened, leased)
+        return set(found.values()) == _ids(platform, _HAS_A_PROCESS) and len(listened) == len(found)
 
-    # One that was too slow for a probe is being restarted. Nothing else is waited for: what is too many, the
-    # reconciler would remove meanwhile.
-    eventually(each_has_one, "every engine that is awake has a process", 10)
-    processes = platform.engine_processes()
-    listened = set()
-    for process in processes:
+    # One that was too slow for a probe, or has failed, is being restarted. Nothing else is waited for: what is too
+    # many, the reconciler would remove meanwhile.
+    eventually(each_has_one, "every engine that is awake has a process that listens", 10)
+
+
+def _listened(pids: Iterable[int]) -> set[int]:
+    """The ports that the processes listen on."""
+    ports = set()
+    for pid in pids:
         with suppress(psutil.NoSuchProcess):
-            listened |= {c.laddr.port for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
-    leased = {port for (port,) in platform.query("SELECT port FROM port_leases")}
-    assert listened <= leased, (listened, leased)
-    assert len(listened) == len(processes), (listened, processes)
+            connections = psutil.Process(pid).net_connections("tcp")
+            ports |= {one.laddr.port for one in connections if one.status == psutil.CONN_LISTEN}
+    return ports
 
 
 def _engines(platform: Platform) -> dict[int, str]:
