@@ -121,10 +121,15 @@ class OwnPostgres:
             with suppress(psycopg.OperationalError), self.connect() as connection:
                 connection.execute("SELECT pg_switch_wal()")
             yield
-        with suppress(subprocess.TimeoutExpired):
-            # It ends if it can't even recover.
-            self.process.wait(1)
-            self.start()
+
+        def serves() -> bool:
+            if self.process.poll() is not None:
+                self.start()  # It ends if it can't even recover.
+            with suppress(psycopg.OperationalError), self.connect():
+                return True
+            return False
+
+        eventually(serves, "PostgreSQL is back")
 
     @contextmanager
     def read_only(self) -> Iterator[None]:
