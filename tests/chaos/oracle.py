@@ -32,10 +32,12 @@ def oracle(platform: Platform) -> None:
         strays = set(found.values()) - _ids(platform, _MAY_HAVE_ONE)
         # One that was about to be destroyed is gone by now: the row goes last.
         assert not strays & set(_engines(platform).values()), f"processes of no engine that is awake: {strays}"
+        if set(found.values()) != _ids(platform, _HAS_A_PROCESS):
+            return False
         listened = _listened(found)
         leased = {port for (port,) in platform.query("SELECT port FROM port_leases")}
         assert listened <= leased, (listened, leased)
-        return set(found.values()) == _ids(platform, _HAS_A_PROCESS) and len(listened) == len(found)
+        return len(listened) == len(found)
 
     # One that was too slow for a probe, or has failed, is being restarted. Nothing else is waited for: what is too
     # many, the reconciler would remove meanwhile.

@@ -125,9 +125,7 @@ class OwnPostgres:
         def serves() -> bool:
             if self.process.poll() is not None:
                 self.start()  # It ends if it can't even recover.
-            with suppress(psycopg.OperationalError), self.connect():
-                return True
-            return False
+            return self.answers()
 
         eventually(serves, "PostgreSQL is back")
 

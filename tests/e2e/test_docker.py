@@ -480,7 +480,7 @@ async def test_a_container_that_docker_can_not_freeze_is_said_to_run(
         ]
         engine = (await user.admit()).engine
         assert await execute(engine.url, engine.api_key) == 200
-    [event] = [event for event in provisioner.events() if event["event"] == "backend_refused"][-1:]
+    event = [event for event in provisioner.events() if event["event"] == "backend_refused"][-1]
     assert (event["call"], event["engine_id"]) == ("freeze", made.engine_id)
     assert "pause failed" in event["reason"]
     await user.sleep()
@@ -498,8 +498,8 @@ def kept_thawed(api: APIClient, container: str) -> Iterator[None]:
     else:
         file = Path("/sys/fs/cgroup", groups[""].lstrip("/"), "cgroup.freeze")
     subprocess.run(["mount", "--bind", file, file], check=True)
-    subprocess.run(["mount", "-o", "remount,bind,ro", file], check=True)
     try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", file], check=True)
         yield
     finally:
         subprocess.run(["umount", file], check=True)
