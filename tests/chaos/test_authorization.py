@@ -204,11 +204,13 @@ class Scene:
                     outcome = denial(MessageToDict(kind.FromString(answer)))
                 break
             except grpc.aio.AioRpcError as error:
-                absent = error.code() is grpc.StatusCode.UNIMPLEMENTED
-                outcome = ABSENT if absent else reason(error)
                 answer = f"{error} {error.trailing_metadata()}".encode()
                 if TOO_MANY not in (error.details() or ""):
+                    absent = error.code() is grpc.StatusCode.UNIMPLEMENTED
+                    outcome = ABSENT if absent else reason(error)
                     break
+                # Over gRPC the gateway names no reason of this; the last time it counts as a wrong answer.
+                outcome = TOO_MANY
                 await asyncio.sleep(RETRY_AFTER_S)
         self.note(way, path, caller, outcome, wanted, answer)
 
