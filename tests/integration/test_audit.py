@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from importlib.resources import files
+from threading import Event
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -109,6 +110,40 @@ async def test_events_of_a_month_that_was_forgotten_move_into_it(query: Query, d
     for change in ("DELETE FROM audit_events_2020_02", "TRUNCATE audit_events_2020_02", "DELETE FROM audit_events"):
         with pytest.raises(psycopg.errors.RaiseException):
             query(change)
+
+
+async def test_a_month_is_made_under_its_writers(query: Query, database: Database, database_url: str) -> None:
+    """The month that is and has no partition: after a step of the clock, or a month without a Provisioner."""
+    product_id = add_product(query)
+    month = query("SELECT 'audit_events_' || to_char(clock_timestamp() AT TIME ZONE 'UTC', 'YYYY_MM')")[0][0]
+    query("CREATE TABLE detached (LIKE audit_events)")
+    done = Event()
+
+    def write() -> int:
+        written = 0
+        with psycopg.connect(database_url, autocommit=True) as connection:
+            while not done.is_set():
+                connection.execute(
+                    "INSERT INTO audit_events (action, actor, outcome, product_id)"
+                    " VALUES ('start', 'system', 'requested', %s)",
+                    [product_id],
+                )
+                written += 1
+        return written
+
+    writers = [asyncio.create_task(asyncio.to_thread(write)) for _ in range(4)]
+    try:
+        for _ in range(20):
+            query(f"ALTER TABLE audit_events DETACH PARTITION {month}")
+            query(f"INSERT INTO detached SELECT * FROM {month}")
+            query(f"DROP TABLE {month}")
+            assert await AuditStore(database).make_partitions() == [month]
+    finally:
+        done.set()
+        written = await asyncio.gather(*writers)
+    [(kept,)] = query("SELECT (SELECT count(*) FROM detached) + (SELECT count(*) FROM audit_events)")
+    assert kept == sum(written) > 0
+    assert "audit_events_other" not in [name for name, _ in months(query)]
 
 
 async def test_a_month_is_dropped_once_all_of_it_is_too_old(query: Query, database: Database) -> None:

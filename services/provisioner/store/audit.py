@@ -31,7 +31,11 @@ class AuditStore:
             return [AuditEvent(**row) for row in await cursor.fetchall()]
 
     async def make_partitions(self) -> list[str]:
-        """Makes the months that are needed and not there; returns what was made."""
+        """Makes the months that are needed and not there; returns what was made.
+
+        Raises:
+            Unavailable: others were in the way for too long; nothing is made.
+        """
         async with self._database.connection() as connection:
             cursor = await connection.execute(_SQL["make_partitions"])
             return [row["partition"] for row in await cursor.fetchall()]
