@@ -122,9 +122,9 @@ async def test_an_upgrade_to_http2_is_ignored(served: Served) -> None:
     assert (await served.gateway.rest("GET", "/health", headers=headers)).json() == {"status": "ok"}
 
 
-async def test_connect_is_refused(served: Served) -> None:
+async def test_a_tunnel_is_refused_at_once(served: Served) -> None:
     answer = await served.gateway.raw(b"CONNECT 127.0.0.1:22 HTTP/1.1\r\nhost: 127.0.0.1:22\r\n\r\n")
-    assert answer.own_error()[:2] == (404, "ROUTE_NOT_FOUND")
+    assert answer.own_error()[:2] == (400, "INVALID_REQUEST")
 
 
 @pytest.mark.parametrize(("name", "value"), ENVOY_HEADERS.items(), ids=ENVOY_HEADERS)
