@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.client import HTTPConnection
+from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,7 +19,10 @@ import psutil
 import pytest
 
 from services.shared import embedded_postgres
-from tests.harness import ROOT, eventually
+from tests.harness import ROOT, eventually, ports_from
+
+# None that the kernel gives to whoever asks for any: `up` chooses a while before it listens, and other tests ask often.
+_LISTENERS = cycle(range(*(int(port) for port in ports_from(18000).values())))
 
 
 def post(url: str, body: object, **headers: str) -> tuple[int, bytes]:
@@ -42,12 +46,11 @@ class Installation:
             "PATH": os.environ["PATH"],
             "http_proxy": "http://127.0.0.1:9",  # Many hosts have one; it is not for what is on the host.
             "ORCH_VAR_DIR": str(self.var),
-            "ORCH_GATEWAY_LISTEN": "127.0.0.1:0",
-            "ORCH_GATEWAY_ADMIN_LISTEN": "127.0.0.1:0",
-            "ORCH_ADMISSION_LISTEN": "127.0.0.1:0",
-            "ORCH_PROVISIONER_LISTEN": "127.0.0.1:0",
-            "ORCH_PORT_MIN": "24000",
-            "ORCH_PORT_MAX": "24999",
+            "ORCH_GATEWAY_LISTEN": f"127.0.0.1:{next(_LISTENERS)}",
+            "ORCH_GATEWAY_ADMIN_LISTEN": f"127.0.0.1:{next(_LISTENERS)}",
+            "ORCH_ADMISSION_LISTEN": f"127.0.0.1:{next(_LISTENERS)}",
+            "ORCH_PROVISIONER_LISTEN": f"127.0.0.1:{next(_LISTENERS)}",
+            **ports_from(24000),
             **settings,
         }
         self.started: list[subprocess.Popen[bytes]] = []
