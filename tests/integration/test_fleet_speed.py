@@ -72,11 +72,15 @@ async def database(database_url: str) -> AsyncIterator[ExplainingDatabase]:
         )
         connection.execute(
             "INSERT INTO audit_events (at, action, actor, outcome, product_id, engine_id, user_id, duration_ms)"
-            " SELECT clock_timestamp() - CASE WHEN n <= %s THEN interval '1 min'"
-            " ELSE interval '2 hours' + interval '100 days' * random() END,"
+            " SELECT CASE WHEN n <= %s THEN clock_timestamp() - interval '1 min'"
+            # Many in this month, however young it is: what has next to nothing is rightly read whole.
+            " WHEN n %% 3 = 0 THEN least(month, late) + greatest(late - month, interval '0') * random()"
+            " ELSE late - interval '100 days' * random() END,"
             " CASE WHEN n %% 1000 = 0 THEN 'health_failed' ELSE 'provision' END,"
             " 'system', 'succeeded', product_id, engine_id, user_id, 300"
-            " FROM (SELECT *, row_number() OVER (ORDER BY engine_id) AS n FROM engines) AS engines"
+            " FROM (SELECT *, row_number() OVER (ORDER BY engine_id) AS n FROM engines) AS engines,"
+            " (SELECT clock_timestamp() - interval '2 hours' AS late,"
+            " date_trunc('month', clock_timestamp(), 'UTC') AS month) AS times"
             " ORDER BY product_id",
             [EVENTS_1H],
         )
