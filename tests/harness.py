@@ -194,6 +194,20 @@ class Platform:
             "volumes": len([d for d in directories.iterdir() if d.is_dir()]) if directories.exists() else 0,
         }
 
+    def counts_at_rest(self) -> dict[str, int]:
+        """`counts`, taken while no operation was open and none began: in the warm pool one may at any moment."""
+        begun = "SELECT count(*) FROM operations"
+
+        def counted() -> dict[str, int] | None:
+            before = self.query(begun)
+            if self.open_operations():
+                return None
+            counts = self.counts()
+            return counts if self.query(begun) == before else None
+
+        counts: dict[str, int] = eventually(counted, "every operation has ended")
+        return counts
+
     def volume(self, engine_id: UUID) -> Path:
         """Where the engine's data is."""
         return self.directory / "var" / "engines" / str(engine_id) / "data"

@@ -163,11 +163,6 @@ class Life:
             assert ensured.engine.api_key == answer.api_key
 
 
-def consistent(platform: Platform) -> bool:
-    """Nothing is under way, and nothing is left over; in the warm pool something may begin at any moment."""
-    return platform.open_operations() == 0 and len(set(platform.counts().values())) == 1
-
-
 @pytest.mark.parametrize("pool", [0, 2], ids=["cold", "pooled"])
 async def test_many_calls_with_one_key_over_two_provisioners_are_one(
     platform: Platform, connect: Connect, pool: int
@@ -269,4 +264,5 @@ async def test_calls_of_a_provisioner_killed_at_any_moment_are_answered_by_the_n
         for life, before, after in zip(lives, first, again, strict=True):
             assert isinstance(before, grpc.aio.AioRpcError) or before == after
             await life.check(clients, after)
-    await asyncio.to_thread(eventually, lambda: consistent(platform), "nothing is under way or left over")
+    counts = await asyncio.to_thread(platform.counts_at_rest)
+    assert len(set(counts.values())) == 1, counts
